@@ -1,0 +1,1 @@
+"""The table on disk: manifest, columns, shards and commit records."""

@@ -1,0 +1,1 @@
+"""Losses, phases, schedule, loop and checkpoints."""
