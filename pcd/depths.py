@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pcd.errors import DatasetError
+from pcd.errors import DatasetError, SampleError
 
 MILLIMETRES = 1000
 """Units per metre up to 65.5 m."""
@@ -24,12 +24,12 @@ def units_for(max_depth: float) -> int:
 def encode(metres: npt.NDArray[np.floating], units_per_metre: int) -> npt.NDArray[np.uint16]:
     """Metres (NaN: missing) to the nearest stored integer, 0 for missing.
 
-    Raises `DatasetError` if a depth does not fit: clipping would invent a value.
+    Raises `SampleError` if a depth does not fit: clipping would invent a value.
     """
     scaled = np.rint(np.nan_to_num(metres.astype(np.float64), nan=0.0) * units_per_metre)
     if scaled.size and (scaled.max() > np.iinfo(np.uint16).max or scaled.min() < 0):
         worst = scaled.max() / units_per_metre if scaled.max() > 0 else scaled.min() / units_per_metre
-        raise DatasetError(
+        raise SampleError(
             f"a depth of {worst:.3f} m cannot be stored at {units_per_metre} units per metre "
             f"(0 to {np.iinfo(np.uint16).max / units_per_metre:.3f} m); state the dataset's true depth range."
         )

@@ -41,13 +41,14 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ViewsSection(Section):
-    """`[views]`: overrides of the dataset's own view plan; what is absent stays as the dataset has it."""
+    """`[views]`: overrides of the dataset's own view plan (what is absent stays as the dataset has it), and the depth resize."""
 
     canvas: Size | None = None
     grid: Size | None = None
     crop: Box | Literal["none"] | None = None
     flips: bool | None = None
-    depth_resize: Literal["masked-bilinear", "nearest"] | None = None
+    depth_resize: Literal["masked-bilinear", "nearest"] = "masked-bilinear"
+    """How ground truth comes to the canvas. Tokens do not depend on it: one cache may hold both."""
 
 
 class Supervision(Section):

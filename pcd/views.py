@@ -22,6 +22,9 @@ from pcd.regions import Region
 DepthResize = Literal["masked-bilinear", "nearest"]
 FloatArray = npt.NDArray[np.float32]
 
+TRUTH: dict[DepthResize, str] = {"masked-bilinear": "depth", "nearest": "depth-nearest"}
+"""The group of columns that holds the ground truth brought to the canvas by each method: both fit beside the same tokens."""
+
 HALF = 0.5
 """Half-valid rule: a resized depth counts if at least this share of its bilinear weight was valid."""
 
@@ -39,7 +42,6 @@ class ViewPlan:
     grid: tuple[int, int] = (1, 1)
     crop: Region | None = None
     flips: bool = True
-    depth_resize: DepthResize = "masked-bilinear"
 
     def __post_init__(self) -> None:
         (height, width), (rows, columns) = self.canvas, self.grid
@@ -72,7 +74,6 @@ class ViewPlan:
             "grid": list(self.grid),
             "crop": None if self.crop is None else list(self.crop),
             "flips": self.flips,
-            "depth_resize": self.depth_resize,
         }
 
     @staticmethod
@@ -84,7 +85,6 @@ class ViewPlan:
             grid=(value["grid"][0], value["grid"][1]),
             crop=None if crop is None else (crop[0], crop[1], crop[2], crop[3]),
             flips=value["flips"],
-            depth_resize=value["depth_resize"],
         )
 
 
@@ -163,9 +163,9 @@ def image_canvas(rgb: npt.NDArray[np.uint8], plan: ViewPlan) -> FloatArray:
     return resize_image(_cropped(rgb, plan).astype(np.float32) / np.float32(255), plan.canvas)
 
 
-def depth_canvas(depth: FloatArray, plan: ViewPlan) -> FloatArray:
-    """Depth in metres `(H, W)` to the canvas by the plan's rule, NaN where there is none."""
-    return resize_depth(_cropped(depth, plan), plan.canvas, plan.depth_resize)
+def depth_canvas(depth: FloatArray, plan: ViewPlan, method: DepthResize) -> FloatArray:
+    """Depth in metres `(H, W)` to the canvas by `resize_depth`, NaN where there is none."""
+    return resize_depth(_cropped(depth, plan), plan.canvas, method)
 
 
 def to_views(canvas: npt.NDArray[Any], plan: ViewPlan) -> npt.NDArray[Any]:

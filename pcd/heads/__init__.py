@@ -1,1 +1,24 @@
-"""Heads by name."""
+"""Heads by name. A new one is a module here and a line below, or an entry point in the group `pcd.heads`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pcd.recipe import parse_table
+from pcd.registry import Registry
+
+if TYPE_CHECKING:
+    from pcd.heads.base import Head, HeadOptions
+
+registry = Registry("head", "pcd.heads", {"pureclip": "pcd.heads.pureclip:PureClipHead"})
+
+
+def head_options(table: Mapping[str, Any], where: str = "head") -> tuple[type[Head], HeadOptions]:
+    """The class named by a `[head]` table and its validated options.
+
+    Raises `UsageError` for an unknown name and `RecipeError` for unknown or wrong keys.
+    """
+    cls: type[Head] = registry.get(str(table["name"]))
+    options = parse_table(cls.Options, {key: value for key, value in table.items() if key != "name"}, where)
+    return cls, options

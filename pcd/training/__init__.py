@@ -1,1 +1,1 @@
-"""Losses, phases, schedule, loop and checkpoints."""
+"""The loop around a head: rows, targets, schedule, checkpoints."""

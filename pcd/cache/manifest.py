@@ -1,0 +1,110 @@
+"""The manifest: what a cache is supposed to hold, in one JSON file at its root.
+
+It says nothing of what is there already: that is the commit records' word. It holds no times and no host names, so that a
+cache built twice is the same bytes; those go to `provenance.jsonl`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pcd.columns import ColumnSpec
+from pcd.errors import CacheError
+from pcd.files import read_json, write_json
+from pcd.views import ViewPlan
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+FORMAT = "pcd-cache"
+
+
+@dataclass(frozen=True)
+class ColumnEntry:
+    """A column of the cache: its spec, samples per shard, the tables that have it, and what determines its values."""
+
+    spec: ColumnSpec
+    shard_samples: int
+    tables: tuple[str, ...]
+    fingerprint: dict[str, Any]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> ColumnEntry:
+        """The inverse of `as_json`."""
+        spec = dict(value["spec"], shape=tuple(value["spec"]["shape"]), dims=tuple(value["spec"]["dims"]))
+        return ColumnEntry(**{**value, "spec": ColumnSpec(**spec), "tables": tuple(value["tables"])})
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """A table: how many samples, and the digest of their keys in order."""
+
+    samples: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is supposed to hold.
+
+    `dataset` describes the samples (name, family, synthetic, depth_range, identity, notes), `split` how train and val were
+    drawn, `encoders` maps a column prefix to the request it was made from.
+    """
+
+    dataset: dict[str, Any]
+    plan: ViewPlan
+    split: dict[str, Any]
+    tables: dict[str, TableEntry]
+    columns: dict[str, ColumnEntry] = field(default_factory=dict)
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "dataset": self.dataset,
+            "views": self.plan.as_json(),
+            "split": self.split,
+            "tables": {name: dataclasses.asdict(table) for name, table in self.tables.items()},
+            "columns": {name: column.as_json() for name, column in self.columns.items()},
+            "encoders": self.encoders,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What two extractions into one cache must agree on, whatever columns they add."""
+        whole = self.as_json()
+        return {key: whole[key] for key in ("schema", "dataset", "views", "split", "tables")}
+
+    def write(self, root: Path) -> None:
+        """Write durably to `root`."""
+        write_json(root / MANIFEST, self.as_json())
+
+    @staticmethod
+    def read(root: Path) -> Manifest:
+        """Read from `root`. Raises `CacheError` if there is none, it is damaged, or of another schema version."""
+        path = root / MANIFEST
+        if not path.is_file():
+            raise CacheError(f"{root} is not a pcd cache: {MANIFEST} is not there. `pcd extract --cache {root}` makes one.")
+        try:
+            value = read_json(path)
+            schema = value["schema"] if value.get("format") == FORMAT else None
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CacheError(f"{path} is damaged: {error}. Restore it from a copy, or extract into a new folder.") from None
+        if schema != SCHEMA:
+            raise CacheError(f"{path} has schema {schema!r}, this pcd reads schema {SCHEMA}; use the pcd that wrote it.")
+        return Manifest(
+            dataset=value["dataset"],
+            plan=ViewPlan.from_json(value["views"]),
+            split=value["split"],
+            tables={name: TableEntry(**table) for name, table in value["tables"].items()},
+            columns={name: ColumnEntry.from_json(column) for name, column in value["columns"].items()},
+            encoders=value["encoders"],
+        )

@@ -1,0 +1,42 @@
+"""The losses of PureCLIP-Depth as pure functions on tensors.
+
+Shapes: M patches that supervise, K depth bins, D embedding width, B maps of P patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alignment_loss(fused: Tensor, table: Tensor, bins: Tensor) -> Tensor:
+    """Equation 14: mean of `1 - z . w_y` over patches. `fused (M, D)` and `table (K, D)` are unit vectors, `bins (M,)`."""
+    return (1 - (fused * table[bins]).sum(dim=-1)).mean()
+
+
+def info_nce_loss(fused: Tensor, table: Tensor, bins: Tensor, temperature: float) -> Tensor:
+    """Equation 13: cross-entropy of the scores `z . w_j / temperature` against the true bin, mean over patches."""
+    return F.cross_entropy(fused @ table.T / temperature, bins)
+
+
+def pixel_rmse(depth: Tensor, count: Tensor, mean: Tensor, var: Tensor, *, per_map: bool) -> Tensor:
+    """Equation 15 under nearest upsampling, exactly, from patch statistics. All arguments are `(B, P)`.
+
+    A prediction is constant over its patch, so the sum of squared pixel errors of a patch is
+    `count * ((depth - mean)^2 + var)`: no pixel is touched. `per_map` takes one square root per map and averages the maps that
+    have a valid pixel (the paper); otherwise one square root over all pixels of the batch (the released code).
+    Returns 0 with a zero gradient if no pixel is valid.
+    """
+    squares = count * ((depth - mean) ** 2 + var)
+    if not per_map:
+        return _safe_sqrt(squares.sum() / count.sum().clamp(min=1))
+    pixels = count.sum(dim=-1)
+    roots = _safe_sqrt(squares.sum(dim=-1) / pixels.clamp(min=1))
+    return roots.sum() / (pixels > 0).sum().clamp(min=1)
+
+
+def _safe_sqrt(value: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0 instead of infinite."""
+    positive = value > 0
+    return torch.where(positive, torch.where(positive, value, torch.ones_like(value)).sqrt(), torch.zeros_like(value))

@@ -1,0 +1,75 @@
+"""Early stopping and learning-rate decay on validation metrics (paper, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of a metric and the epoch that gave it."""
+
+    value: float
+    epoch: int
+
+
+@dataclass
+class EarlyStopping:
+    """Counts epochs without any improvement of any watched metric.
+
+    The learning rate stays whole while the count is below `decay_start`, then falls linearly to `floor` times itself at
+    `patience`, where training ends. Any strict improvement sets the count back to 0 and the rate back to full.
+    """
+
+    watched: tuple[str, ...]
+    higher_is_better: frozenset[str]
+    patience: int
+    decay_start: int
+    floor: float
+    wait: int = 0
+    best: dict[str, Best] = field(default_factory=dict)
+
+    def update(self, epoch: int, metrics: Mapping[str, float]) -> list[str]:
+        """Take an epoch's metrics; returns the watched ones that improved. A NaN never improves anything."""
+        improved = [name for name in self.watched if self._improves(name, metrics[name])]
+        for name in improved:
+            self.best[name] = Best(float(metrics[name]), epoch)
+        self.wait = 0 if improved else self.wait + 1
+        return improved
+
+    def _improves(self, name: str, value: float) -> bool:
+        if value != value:
+            return False
+        if name not in self.best:
+            return True
+        best = self.best[name].value
+        return value > best if name in self.higher_is_better else value < best
+
+    @property
+    def factor(self) -> float:
+        """What the learning rates are multiplied by."""
+        if self.wait < self.decay_start:
+            return 1.0
+        span = max(self.patience - self.decay_start, 1)
+        return 1.0 - (1.0 - self.floor) * min((self.wait - self.decay_start) / span, 1.0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether patience has run out."""
+        return self.wait >= self.patience
+
+    @property
+    def kept_epochs(self) -> set[int]:
+        """Epochs that are the best of at least one metric."""
+        return {best.epoch for best in self.best.values()}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"wait": self.wait, "best": {name: asdict(best) for name, best in self.best.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.wait = int(state["wait"])
+        self.best = {name: Best(**best) for name, best in state["best"].items()}

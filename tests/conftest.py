@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real frames and weights; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("PCD_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real frames here: set PCD_TEST_DATA to a folder with official/, rgbd/ and weights/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_weights(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real CLIP ViT-B/16 visual weights as a plain safetensors file."""
+    out = tmp_path_factory.mktemp("weights")
+    subprocess.run([sys.executable, str(shared_data / "unpack_weights.py"), str(out)], check=True, capture_output=True)
+    return out / "clip-vit-b-16-visual.safetensors"
