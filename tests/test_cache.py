@@ -168,7 +168,7 @@ def test_every_flipped_bit_of_a_row_is_caught(full: tuple[Cache, dict[str, np.nd
 
 
 def test_verify_names_what_is_wrong(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
-    cache, rows = full
+    cache, _rows = full
     first, second = (chunk_path(cache.root, "train", TOKENS, n) for n in (0, 1))
     swapped = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -256,9 +256,9 @@ def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_tables_and_columns_are_suggested(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
-    with pytest.raises(CacheError, match="no table 'trian'. Did you mean 'train'"):
+    with pytest.raises(CacheError, match=r"no table 'trian'\. Did you mean 'train'"):
         full[0].table("trian")
-    with pytest.raises(CacheError, match="no column 'clip/path'. Did you mean 'clip/patch'"):
+    with pytest.raises(CacheError, match=r"no column 'clip/path'\. Did you mean 'clip/patch'"):
         full[0].table("train").column("clip/path")
 
 
