@@ -19,6 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pcd.errors import RecipeError, suggest
 
 RECIPE_FOLDER = Path("pipelines")
+_PACKAGE = Path(__file__).parent
+INSTALLED = _PACKAGE / "pipelines" if (_PACKAGE / "pipelines").is_dir() else _PACKAGE.parent / "pipelines"
+"""The recipes that come with pcd: inside an installed package, beside it in a checkout."""
 
 
 class Section(BaseModel):
@@ -175,14 +178,17 @@ def find_recipe(name: str | Path, folder: Path = RECIPE_FOLDER) -> Path:
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return path
-    folders = [folder, Path(__file__).parent / "pipelines"]
-    for candidate in folders:
+    for candidate in (folder, INSTALLED):
         if (found := candidate / f"{name}.toml").is_file():
             return found
     if path.suffix == ".toml":
         raise RecipeError(f"recipe {path} is not there; give a path, or the name of a file in {folder}/.")
-    known = {file.stem for candidate in folders for file in candidate.glob("*.toml")}
-    raise RecipeError(f"Unknown recipe {str(name)!r}.{suggest(str(name), known)}")
+    raise RecipeError(f"Unknown recipe {str(name)!r}.{suggest(str(name), known_recipes(folder))}")
+
+
+def known_recipes(folder: Path = RECIPE_FOLDER) -> list[str]:
+    """Names of the recipes in `folder` and of those that came with pcd, sorted."""
+    return sorted({file.stem for candidate in (folder, INSTALLED) for file in candidate.glob("*.toml")})
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -27,3 +27,13 @@ def clip_weights(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("weights")
     subprocess.run([sys.executable, str(shared_data / "unpack_weights.py"), str(out)], check=True, capture_output=True)
     return out / "clip-vit-b-16-visual.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def toys() -> None:
+    """Register the toy dataset and encoder."""
+    from pcd.datasets import registry as datasets
+    from pcd.encoders import registry as encoders
+
+    datasets.add("toy", "tests.toy:ToyDataset")
+    encoders.add("toy", "tests.toy:ToyEncoder")

@@ -55,7 +55,7 @@ class Manifest:
     """What a cache is supposed to hold.
 
     `dataset` describes the samples (name, family, synthetic, depth_range, identity, notes), `split` how train and val were
-    drawn, `encoders` maps a column prefix to the request it was made from.
+    drawn, `encoders` maps the kind of an encoder to the `[encoder]` table and the request its columns were made from.
     """
 
     dataset: dict[str, Any]

@@ -1,0 +1,53 @@
+"""`pcd extract`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pcd.cli import options
+from pcd.cli.app import MAKE, app, reporting
+
+
+class _OnError(StrEnum):
+    stop = "stop"
+    skip = "skip"
+
+
+@app.command(rich_help_panel=MAKE, epilog="Example: pcd extract --dataset kitti --root /data/kitti")
+def extract(
+    dataset: Annotated[str, typer.Option(help="nyu, kitti, folder, synthetic, or a name from an installed package.")],
+    root: Annotated[Path | None, typer.Option(help="Folder of the dataset.", show_default=False)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the cache.", show_default="cache/DATASET")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="openclip:MODEL/TAG", show_default="the recipe's, ViT-L-14-336-quickgelu/openai")
+    ] = None,
+    weights: options.Weights = None,
+    limit: Annotated[int | None, typer.Option(help="At most N samples of each list.", show_default=False)] = None,
+    device: options.Device = "auto",
+    recipe: options.Recipe = None,
+    set_: options.Set = None,
+    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Encode mirrored views too (needed for flip TTA).")] = True,
+    on_error: Annotated[_OnError, typer.Option(help="What to do with a sample that cannot be read.")] = _OnError.stop,
+    batch: Annotated[int | None, typer.Option(help="Views per encoder batch.", show_default="by device")] = None,
+) -> None:
+    """Run the frozen encoder once over every view and keep the tokens and patch depths in a cache."""
+    from pcd.stages.extract import extract as run_stage
+    from pcd.stages.recipes import extraction_recipe, phrases_for
+
+    resolved = extraction_recipe(
+        dataset, recipe, set_ or (), root=root, encoder=encoder, weights=weights, limit=limit, flips=flips
+    )
+    with reporting() as progress:
+        run_stage(
+            resolved,
+            cache or Path("cache") / dataset,
+            device=device,
+            on_error=on_error.value,
+            batch_views=batch,
+            phrases=phrases_for(resolved),
+            progress=progress,
+        )

@@ -1,0 +1,21 @@
+"""Options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[str | None, typer.Option(help="Recipe: a name in pipelines/ or a TOML file.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. head.dropout=0.1. Repeatable."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Encoder weights: auto (published), random (asked for by name only), or a file.", show_default=False),
+]
+Run = Annotated[Path | None, typer.Option(help="Run folder.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]

@@ -1,0 +1,189 @@
+"""Extract: one pass of the frozen encoder over every view, into the cache.
+
+dataset -> views -> encoder -> columns, shard by shard. What is committed is never computed again; an interrupted extraction
+continues with the first range of samples that lacks a shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pcd
+from pcd.cache import Cache, Manifest, Table
+from pcd.cache.lock import writing
+from pcd.cache.writer import RangeWriter
+from pcd.datasets import Dataset, create_dataset
+from pcd.encoders import create_encoder, request_of, split_name
+from pcd.progress import SILENT, Progress
+from pcd.recipe import Recipe
+from pcd.stages.checks import (
+    native_size,
+    refuse_missing_files,
+    refuse_other_columns,
+    refuse_other_samples,
+    refuse_small_disk,
+)
+from pcd.stages.pipeline import Behind
+from pcd.stages.plan import TablePlan, plan_columns, plan_manifest, plan_tables, view_plan
+from pcd.stages.texts import embed_texts, lacks_texts
+from pcd.views import TRUTH
+
+if TYPE_CHECKING:
+    from pcd.encoders.base import Encoder
+    from pcd.stages.rows import Arrays, OnError, RowMaker
+
+BATCH_VIEWS = {"cuda": 64, "mps": 16, "cpu": 8}
+PROVENANCE = "provenance.jsonl"
+
+
+@dataclass
+class Extraction:
+    """What an extraction did: the cache, how many samples were encoded now, and which were skipped and why."""
+
+    cache: Cache
+    encoded: int
+    skipped: dict[str, str]
+
+
+def extract(
+    recipe: Recipe,
+    root: Path,
+    *,
+    device: str = "auto",
+    on_error: OnError = "stop",
+    batch_views: int | None = None,
+    phrases: Sequence[Sequence[str]] = (),
+    progress: Progress = SILENT,
+) -> Extraction:
+    """Fill the cache in folder `root` with what `recipe` needs; returns at once if everything is there.
+
+    `phrases` are lists of texts whose embeddings go beside the columns if the weights have a text tower.
+    Raises `DatasetError`, `WeightsError`, `SpaceError`, and `FingerprintError` if the cache was made another way.
+    """
+    dataset = create_dataset(recipe.dataset["name"], recipe.options("dataset"), "dataset")
+    tables = plan_tables(dataset)
+    wanted = plan_manifest(dataset, view_plan(dataset, recipe.views), tables)
+    kind = split_name(recipe.encoder["name"])[0]
+    request = request_of(recipe.encoder["name"], recipe.options("encoder"), "encoder")
+    for note in dataset.notes:
+        progress.say(note)
+    if (root / "manifest.json").exists():
+        cache = Cache.open(root)
+        refuse_other_samples(cache, wanted)
+        same = (
+            cache.manifest.encoders.get(kind, {}).get("request") == request
+            and f"{TRUTH[recipe.views.depth_resize]}/canvas" in cache.manifest.columns
+        )
+        if same and cache.complete and not lacks_texts(cache, phrases):
+            progress.say(f"{root} is complete: {describe_rows(cache)}. Nothing to do.")
+            return Extraction(cache, 0, {})
+    with writing(root):
+        return _extract(recipe, root, dataset, tables, wanted, request, device, on_error, batch_views, phrases, progress)
+
+
+def _extract(
+    recipe: Recipe,
+    root: Path,
+    dataset: Dataset,
+    tables: list[TablePlan],
+    wanted: Manifest,
+    request: dict[str, Any],
+    device: str,
+    on_error: OnError,
+    batch_views: int | None,
+    phrases: Sequence[Sequence[str]],
+    progress: Progress,
+) -> Extraction:
+    from pcd.stages.rows import RowMaker  # imports torch, which a complete cache does not wait for
+
+    if on_error == "stop":
+        refuse_missing_files(dataset, tables)
+    encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), wanted.plan.view_size, device, "encoder")
+    resize = recipe.views.depth_resize
+    entries = plan_columns(wanted, encoder, resize, native_size(dataset, tables))
+    cache = _open_or_create(root, wanted, tables)
+    refuse_other_columns(cache, entries)
+    refuse_small_disk(cache, entries, progress)
+    cache.manifest.encoders[split_name(recipe.encoder["name"])[0]] = {"table": recipe.encoder, "request": request}
+    cache.add_columns(entries)
+    embed_texts(cache, encoder, phrases, progress)
+    batch = batch_views or BATCH_VIEWS.get(_device_kind(device), BATCH_VIEWS["cpu"])
+    maker = RowMaker(dataset, wanted.plan, encoder, entries, resize, on_error, batch)
+    encoded = sum(_fill_table(cache.table(table.name), table, maker, progress) for table in tables)
+    _record(root, encoder, device, encoded, maker.skipped)
+    progress.say(f"{root}: {describe_rows(cache)}" + (f", {len(maker.skipped)} skipped now" if maker.skipped else ""))
+    return Extraction(cache, encoded, maker.skipped)
+
+
+def _fill_table(table: Table, plan: TablePlan, maker: RowMaker, progress: Progress) -> int:
+    """Write every range of samples that lacks a shard; returns how many samples were encoded."""
+    columns = {name: table.column(name) for name in table.column_names()}
+    unit = max(column.entry.shard_samples for column in columns.values())
+    ranges = [(start, min(start + unit, table.samples)) for start in range(0, table.samples, unit)]
+    per_sample = {name: column.rows // table.samples for name, column in columns.items()}
+    gaps = {name: column.missing() for name, column in columns.items()}
+
+    def lacking(start: int, stop: int) -> set[str]:
+        return {
+            name
+            for name in columns
+            if any(low < stop * per_sample[name] and high > start * per_sample[name] for low, high in gaps[name])
+        }
+
+    open_ranges = [(start, stop, wanted) for start, stop in ranges if (wanted := lacking(start, stop))]
+    left = sum(stop - start for start, stop, _ in open_ranges)
+    progress.start(f"{table.name}: encoding", table.samples, "samples", done=table.samples - left)
+    for start, stop, wanted in open_ranges:
+        with RangeWriter(table, wanted, start, stop) as writer, Behind(depth=2) as queue:
+            for number, rows in maker.rows(plan.source, plan.keys[start:stop], wanted):
+                queue.put(_later(writer.append, rows))
+                progress.advance(number)
+    progress.stop()
+    for column in columns.values():
+        column.refresh()
+    return left
+
+
+def _later(function: Callable[[Arrays], None], rows: Arrays) -> Callable[[], None]:
+    return lambda: function(rows)
+
+
+def _open_or_create(root: Path, wanted: Manifest, tables: list[TablePlan]) -> Cache:
+    if (root / "manifest.json").exists():
+        return Cache.open(root)
+    return Cache.create(root, wanted, {table.name: table.keys for table in tables})
+
+
+def _device_kind(device: str) -> str:
+    from pcd.device import resolve_device
+
+    return resolve_device(device).split(":")[0]
+
+
+def _record(root: Path, encoder: Encoder, device: str, encoded: int, skipped: dict[str, str]) -> None:
+    """When, by what and on what; kept apart from the manifest so that equal caches are equal bytes."""
+    import torch
+
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "pcd": pcd.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if _device_kind(device) == "cuda" else f"cpu ({os.cpu_count()} cores)",
+        "encoder": encoder.fingerprint(),
+        "encoded": encoded,
+        "skipped": skipped,
+    }
+    with (root / PROVENANCE).open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(entry, sort_keys=True) + "\n")
+
+
+def describe_rows(cache: Cache) -> str:
+    """For example `train 9 samples, val 1, test 4; 8 views each`."""
+    tables = ", ".join(f"{name} {table.samples} samples" for name, table in cache.manifest.tables.items())
+    return f"{tables}; {cache.manifest.plan.views} views each"

@@ -1,0 +1,82 @@
+"""Facts about a cache, from its manifest, records and file sizes alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pcd.cache import Cache, commits
+from pcd.stages.extract import PROVENANCE, describe_rows
+from pcd.stages.runs import labels
+
+
+def inspect_cache(cache: Cache) -> dict[str, Any]:
+    """What is in a cache, how big, how complete, from which weights, and which samples were skipped."""
+    dataset, plan = cache.manifest.dataset, cache.manifest.plan
+    columns = [_column(cache, name) for name in cache.manifest.columns]
+    encoders = _encoders(cache)
+    facts = {
+        "dataset": f"{dataset['name']}, {dataset['depth_range'][0]} to {dataset['depth_range'][1]} m",
+        "views": f"canvas {plan.canvas[0]}x{plan.canvas[1]}, {plan.grid[0]}x{plan.grid[1]} tiles, "
+        f"{'mirrored too' if plan.flips else 'not mirrored'}, crop {plan.crop or 'none'}",
+        "split": f"val is {cache.manifest.split['val']} (seed {cache.manifest.split['seed']})",
+        **{f"encoder {number}": text for number, text in enumerate((_describe(e) for e in encoders), start=1)},
+        "texts": f"{len(cache.texts())} lists of phrases embedded",
+        "notes": "; ".join([*dataset["notes"], *labels(dataset, encoders)]) or "none",
+    }
+    return {
+        "path": str(cache.root),
+        "summary": f"{describe_rows(cache)}; {'complete' if cache.complete else 'INCOMPLETE'}; "
+        f"{sum(column['bytes'] for column in columns) / 1e9:.3f} GB",
+        "complete": cache.complete,
+        "facts": facts,
+        "columns": columns,
+        "skipped": skipped(cache),
+        "manifest": cache.manifest.as_json(),
+    }
+
+
+def _column(cache: Cache, name: str) -> dict[str, Any]:
+    entry = cache.manifest.columns[name]
+    tables = [cache.table(table).column(name) for table in entry.tables]
+    records = [
+        commits.read(cache.root, column.table, name, shard)
+        for column in tables
+        for shard in commits.committed(cache.root, column.table, name)
+    ]
+    return {
+        "name": name,
+        "shape": list(entry.spec.shape),
+        "dtype": entry.spec.dtype,
+        "meaning": entry.spec.meaning,
+        "tables": list(entry.tables),
+        "rows": sum(column.rows for column in tables),
+        "committed_rows": sum(record.stop - record.start for record in records),
+        "bytes": sum(record.bytes for record in records),
+    }
+
+
+def _encoders(cache: Cache) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in cache.manifest.columns.values():
+        if "encoder" in entry.fingerprint:
+            encoder = entry.fingerprint["encoder"]
+            found[json.dumps(encoder, sort_keys=True)] = encoder
+    return list(found.values())
+
+
+def _describe(encoder: dict[str, Any]) -> str:
+    weights = encoder["weights"]
+    return (
+        f"{encoder['encoder']}:{encoder['model']}, {weights['kind']} weights {str(weights['digest'])[:12]}, "
+        f"{encoder['precision']}, {encoder['grid'][0]}x{encoder['grid'][1]} patches"
+    )
+
+
+def skipped(cache: Cache) -> dict[str, str]:
+    """Samples that were skipped, with the reason noted at the time."""
+    path = cache.root / PROVENANCE
+    reasons: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        reasons |= json.loads(line)["skipped"]
+    return reasons

@@ -1,0 +1,174 @@
+"""What an extraction is going to make: samples, views, columns and their fingerprints. No image is opened here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pcd import depths
+from pcd.cache import ColumnEntry, Manifest, TableEntry
+from pcd.cache.manifest import SCHEMA
+from pcd.cache.table import SAMPLE_OK
+from pcd.columns import ColumnSpec
+from pcd.datasets import Dataset, Split
+from pcd.datasets.base import Grouped
+from pcd.datasets.split import train_val
+from pcd.errors import DatasetError
+from pcd.fingerprint import digest
+from pcd.patches import PixelRule
+from pcd.recipe import ViewsSection
+from pcd.views import TRUTH, DepthResize, ViewPlan
+
+if TYPE_CHECKING:
+    from pcd.encoders.base import Encoder
+
+MIN_SHARD_BYTES = 50_000_000
+"""A shard holds the smallest power of two of samples that gives the widest column this many bytes: 50 to 100 MB."""
+MAX_SHARD_ROWS = 1024
+SPLIT_SEED = 0
+VAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A table to be: its sample keys, and the dataset's list they are loaded from."""
+
+    name: str
+    source: Split
+    keys: tuple[str, ...]
+
+
+def view_plan(dataset: Dataset, overrides: ViewsSection) -> ViewPlan:
+    """The dataset's own view plan with the recipe's overrides."""
+    values: dict[str, Any] = overrides.model_dump(exclude_none=True, exclude={"depth_resize"})
+    if values.get("crop") == "none":
+        values["crop"] = None
+    return replace(dataset.view_plan(), **values)
+
+
+def plan_tables(dataset: Dataset, seed: int = SPLIT_SEED) -> list[TablePlan]:
+    """Train, val and test tables; val is drawn from the training list 9:1 unless the dataset has one of its own.
+
+    Raises `DatasetError` if there is no sample at all.
+    """
+    train, val = dataset.keys("train"), dataset.keys("val")
+    source: Split = "val"
+    if not val:
+        train, val = train_val(
+            train, seed, VAL_FRACTION, groups=(isinstance(dataset, Grouped) and dataset.groups("train")) or None
+        )
+        source = "train"
+    tables = [
+        TablePlan("train", "train", train),
+        TablePlan("val", source, val),
+        TablePlan("test", "test", dataset.keys("test")),
+    ]
+    tables = [table for table in tables if table.keys]
+    if not tables:
+        raise DatasetError(f"dataset {dataset.name}: the lists name no sample with depth.")
+    return tables
+
+
+def plan_manifest(dataset: Dataset, plan: ViewPlan, tables: list[TablePlan], seed: int = SPLIT_SEED) -> Manifest:
+    """The manifest of a cache without columns."""
+    return Manifest(
+        dataset={
+            "name": dataset.name,
+            "family": dataset.family,
+            "synthetic": dataset.synthetic,
+            "depth_range": list(dataset.depth_range),
+            "units_per_metre": dataset.units_per_metre,
+            "notes": list(dataset.notes),
+            "identity": dataset.identity(),
+        },
+        plan=plan,
+        split={
+            "seed": seed,
+            "val_fraction": VAL_FRACTION,
+            "val": "drawn from train" if any(t.name == "val" and t.source == "train" for t in tables) else "as listed",
+        },
+        tables={table.name: TableEntry(len(table.keys), digest(list(table.keys))) for table in tables},
+    )
+
+
+def plan_columns(
+    manifest: Manifest, encoder: Encoder, resize: DepthResize, native_size: tuple[int, int] | None
+) -> dict[str, ColumnEntry]:
+    """Entries of all columns that this encoder and the ground truth give.
+
+    `native_size` (height, width) holds the largest stored frame of val and test, or None if there are neither.
+    """
+    shared = {"schema": SCHEMA, "dataset": digest(manifest.dataset), "tables": digest(manifest.as_json()["tables"])}
+    viewed = {**shared, "views": manifest.plan.as_json()}
+    made_by_encoder = {spec: {**viewed, "column": spec.name, "encoder": encoder.fingerprint()} for spec in encoder.columns}
+    truth = _truth_columns(manifest, encoder.grid, TRUTH[resize])
+    rule = PixelRule(*manifest.dataset["depth_range"])
+    stated = {**viewed, "resize": resize, "rule": {**rule.as_json(), "grid": list(encoder.grid)}}
+    fingerprints = made_by_encoder | {spec: {**stated, "column": spec.name} for spec in truth}
+    fingerprints |= {spec: {**shared, "column": spec.name} for spec in _sample_columns()}
+    everywhere = tuple(manifest.tables)
+    shard = shard_samples(manifest, list(fingerprints))
+    entries = {spec.name: ColumnEntry(spec, shard, everywhere, fingerprint) for spec, fingerprint in fingerprints.items()}
+    scored = tuple(name for name in everywhere if name != "train")
+    if native_size is not None and scored:
+        spec = ColumnSpec(
+            "depth/native",
+            native_size,
+            "uint16",
+            ("y", "x"),
+            "ground truth as stored, 0 = missing; the frame is the top left `sample/size` of the row",
+            axis="sample",
+            compress=True,
+            units_per_metre=manifest.dataset["units_per_metre"],
+        )
+        entries[spec.name] = ColumnEntry(spec, shard, scored, {**shared, "column": spec.name})
+    return entries
+
+
+def _truth_columns(manifest: Manifest, grid: tuple[int, int], group: str) -> list[ColumnSpec]:
+    patches = (grid[0] * grid[1],)
+    units = depths.units_for(manifest.dataset["depth_range"][1])
+    return [
+        ColumnSpec(f"{group}/present", patches, "uint16", ("patch",), "pixels of the patch that have any depth"),
+        ColumnSpec(f"{group}/count", patches, "uint16", ("patch",), "pixels of the patch inside the depth range"),
+        ColumnSpec(f"{group}/mean", patches, "float32", ("patch",), "their mean depth in metres (equation 1)"),
+        ColumnSpec(f"{group}/var", patches, "float32", ("patch",), "their population variance in square metres"),
+        ColumnSpec(
+            f"{group}/canvas",
+            manifest.plan.view_size,
+            "uint16",
+            ("y", "x"),
+            "ground truth on the canvas, 0 = missing",
+            compress=True,
+            units_per_metre=units,
+        ),
+    ]
+
+
+def _sample_columns() -> list[ColumnSpec]:
+    return [
+        ColumnSpec(SAMPLE_OK, (), "uint8", (), "1 if the sample was read, 0 if it was skipped", axis="sample"),
+        ColumnSpec("sample/size", (2,), "int32", ("axis",), "height and width of the stored frame", axis="sample"),
+        ColumnSpec(
+            "sample/intrinsics", (4,), "float32", ("parameter",), "fx, fy, cx, cy in pixels, NaN = unknown", axis="sample"
+        ),
+    ]
+
+
+def shard_samples(manifest: Manifest, specs: list[ColumnSpec]) -> int:
+    """Samples per shard of every column made together: a power of two."""
+    views = manifest.plan.views
+    widest = max(spec.row_bytes * (views if spec.axis == "view" else 1) for spec in specs)
+    samples = 1
+    while samples * widest < MIN_SHARD_BYTES and samples * views < MAX_SHARD_ROWS:
+        samples *= 2
+    return samples
+
+
+def sizes(manifest: Manifest, entries: dict[str, ColumnEntry]) -> dict[str, int]:
+    """Bytes of each column before compression, over all its tables."""
+    result = {}
+    for name, entry in entries.items():
+        per_sample = manifest.plan.views if entry.spec.axis == "view" else 1
+        result[name] = sum(manifest.tables[table].samples for table in entry.tables) * per_sample * entry.spec.row_bytes
+    return result

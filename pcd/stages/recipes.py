@@ -1,0 +1,81 @@
+"""Which recipe a command means, and what its options change in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pcd.cache import Cache
+from pcd.errors import CacheError, RecipeError
+from pcd.heads import head_options
+from pcd.recipe import Recipe, known_recipes, load_recipe, parse_recipe
+
+FALLBACK = "folder"
+"""The recipe of datasets that have none of their own name."""
+
+
+def recipe_for(dataset: str, name: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Recipe `name`, or the one of the dataset's name, or that of a folder of RGB-D frames under this dataset's name.
+
+    Raises `RecipeError`; also if the recipe is for another dataset.
+    """
+    if name is None and dataset not in known_recipes():
+        base = load_recipe(FALLBACK, overrides)
+        options = {**base.dataset, "name": dataset} if base.dataset["name"] != dataset else base.dataset
+        return base.model_copy(update={"dataset": options})
+    recipe = load_recipe(name or dataset, overrides)
+    if recipe.dataset["name"] != dataset:
+        raise RecipeError(f"recipe {recipe.name} is for dataset {recipe.dataset['name']!r}, not {dataset!r}.")
+    return recipe
+
+
+def extraction_recipe(
+    dataset: str,
+    name: str | None,
+    overrides: Iterable[str],
+    *,
+    root: Path | None = None,
+    encoder: str | None = None,
+    weights: str | None = None,
+    limit: int | None = None,
+    flips: bool = True,
+) -> Recipe:
+    """The recipe of an extraction with the command's options put in."""
+    table: dict[str, Any] = recipe_for(dataset, name, overrides).model_dump(exclude_none=True)
+    table["dataset"] |= {key: value for key, value in (("root", root), ("limit", limit)) if value is not None}
+    if "root" in table["dataset"]:
+        table["dataset"]["root"] = str(table["dataset"]["root"])
+    table["encoder"] |= {key: value for key, value in (("name", encoder), ("weights", weights)) if value is not None}
+    if not flips:
+        table["views"]["flips"] = False
+    return parse_recipe(table, "extract")
+
+
+def phrases_for(recipe: Recipe) -> list[tuple[str, ...]]:
+    """Texts whose embeddings this recipe and the shipped ones of the same dataset need, so that ablations find them."""
+    recipes = [recipe]
+    for name in known_recipes():
+        other = load_recipe(name)
+        if other.dataset["name"] == recipe.dataset["name"] and other.name != recipe.name:
+            recipes.append(other)
+    lists = []
+    for other in recipes:
+        cls, options = head_options(other.head, f"recipe {other.name}: head")
+        lists.append(cls.phrases(options))
+    return [phrases for phrases in dict.fromkeys(lists) if phrases]
+
+
+def training_recipe(cache: Cache, name: str | None, overrides: Iterable[str]) -> Recipe:
+    """The recipe of a training on `cache`, with the encoder that filled it.
+
+    Raises `CacheError` for a cache without encoder columns.
+    """
+    dataset = cache.manifest.dataset["name"]
+    recipe = load_recipe(name, overrides) if name else recipe_for(dataset, None, overrides)
+    if not cache.manifest.encoders:
+        raise CacheError(f"{cache.root} has no encoder columns yet; `pcd extract` fills it.")
+    encoder = next(iter(cache.manifest.encoders.values()))["table"]
+    if recipe.dataset["name"] != dataset:
+        recipe = recipe.model_copy(update={"dataset": {"name": dataset}})
+    return recipe.model_copy(update={"encoder": encoder})

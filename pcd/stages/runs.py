@@ -1,0 +1,201 @@
+"""A run: the directory in which a trained head lives, with everything needed to score it and to predict with it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pcd
+from pcd.cache import Cache
+from pcd.errors import FingerprintError, RunError
+from pcd.files import read_json, write_json, write_text
+from pcd.fingerprint import differences, digest
+from pcd.heads import head_options
+from pcd.heads.base import Head
+from pcd.recipe import Recipe, load_recipe
+from pcd.training import checkpoints
+from pcd.views import ViewPlan
+
+RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.toml"
+HISTORY_FILE = "history.json"
+RUNS = Path("runs")
+FREE_KEYS = ("description", "evaluate", "train.epochs", "train.residency")
+"""What may differ when a run is continued: none of it changes an epoch that was already trained."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run. `info` is what `run.json` holds; see `describe_run` for its fields."""
+
+    root: Path
+    recipe: Recipe
+    info: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the weights lie."""
+        return self.root / checkpoints.FOLDER
+
+    @property
+    def plan(self) -> ViewPlan:
+        """The view plan the head was trained under."""
+        return ViewPlan.from_json(self.info["views"])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a view."""
+        return self.info["grid"][0], self.info["grid"][1]
+
+    @property
+    def labels(self) -> list[str]:
+        """What must stand beside every number of this run, e.g. `random encoder weights`."""
+        return list(self.info["labels"])
+
+    @property
+    def best(self) -> dict[str, dict[str, Any]]:
+        """Best validation value and its epoch per watched metric."""
+        state = checkpoints.read_state(self.checkpoints / checkpoints.LAST)
+        best: dict[str, dict[str, Any]] = state["stopping"]["best"]
+        return best
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What each epoch did."""
+        history: list[dict[str, Any]] = checkpoints.read_state(self.checkpoints / checkpoints.LAST)["history"]
+        return history
+
+    def new_head(self) -> Head:
+        """The head of the recipe with fresh weights, drawn from the recipe's seed."""
+        cls, options = head_options(self.recipe.head, f"{self.root / RECIPE_FILE}: head")
+        shapes = {name: tuple(shape) for name, shape in self.info["shapes"].items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.train.seed)
+            return cls(options, shapes, self.grid)  # type: ignore[call-arg]
+
+    def checkpoint_file(self, which: str) -> tuple[Path, int]:
+        """The file of checkpoint `last` or of the best epoch of a metric, and the epoch.
+
+        Raises `RunError` for a metric that was not watched or a run without a finished epoch.
+        """
+        state = checkpoints.read_state(self.checkpoints / checkpoints.LAST)
+        if which == "last":
+            return self.checkpoints / checkpoints.LAST, state["epoch"]
+        best = state["stopping"]["best"]
+        if which not in best:
+            raise RunError(f"{self.root}: no best epoch for {which!r}; choose last or one of {', '.join(sorted(best))}.")
+        return checkpoints.epoch_file(self.checkpoints, best[which]["epoch"]), best[which]["epoch"]
+
+    def load_head(self, which: str, device: torch.device) -> tuple[Head, int]:
+        """The trained head in evaluation mode, and the epoch its weights are of."""
+        path, epoch = self.checkpoint_file(which)
+        head = self.new_head()
+        tensors, _ = checkpoints.load(path)
+        checkpoints.load_weights(head, tensors, path)
+        return head.to(device).eval(), epoch
+
+    def check_columns(self, cache: Cache, *, same_data: bool) -> None:
+        """Raise `FingerprintError` unless the cache's columns were made as those the run was trained on.
+
+        With `same_data` the whole fingerprint must agree, else only the encoder: another dataset's cache may be scored.
+        """
+        for name, trained in self.info["columns"].items():
+            column = cache.manifest.columns.get(name)
+            found = column.fingerprint if column else {}
+            lines = differences(found, trained) if same_data else differences(found.get("encoder", {}), trained["encoder"])
+            if lines:
+                shown = "\n".join(f"  {line}" for line in lines)
+                raise FingerprintError(
+                    f"{self.root} was trained on another column {name} than {cache.root} holds:\n{shown}\n"
+                    "Give the cache the run was trained on, or train a new run on this one."
+                )
+
+
+def open_run(root: str | Path) -> Run:
+    """Open the run in folder `root`. Raises `RunError` if there is none."""
+    root = Path(root)
+    if not (root / RUN_FILE).is_file():
+        raise RunError(f"{root} is not a run: {RUN_FILE} is not there. `pcd train --cache DIR --run {root}` makes one.")
+    try:
+        info = read_json(root / RUN_FILE)
+    except ValueError as error:
+        raise RunError(f"{root / RUN_FILE} is damaged: {error}") from None
+    return Run(root, load_recipe(root / RECIPE_FILE), info)
+
+
+def newest_run(folder: Path = RUNS) -> Run:
+    """The run under `folder` whose last epoch is the newest. Raises `RunError` if there is none."""
+    files = list(folder.glob(f"*/{checkpoints.FOLDER}/{checkpoints.LAST}"))
+    if not files:
+        raise RunError(f"no run with a finished epoch under {folder}/; `pcd train --cache DIR` makes one, --run names another.")
+    return open_run(max(files, key=lambda file: file.stat().st_mtime_ns).parent.parent)
+
+
+def default_run_folder(cache: Cache, recipe: Recipe) -> Path:
+    """`runs/CACHE-RECIPE-DIGEST`: the same command finds its own run again, another option makes another run."""
+    fixed = {"recipe": _fixed(recipe), "dataset": cache.manifest.dataset, "encoders": cache.manifest.encoders}
+    return RUNS / f"{cache.root.resolve().name}-{recipe.name}-{digest(fixed)[:8]}"
+
+
+def create_or_continue(root: Path, recipe: Recipe, cache: Cache) -> tuple[Run, bool]:
+    """The run in `root`, made now or found there; True if it was found.
+
+    Raises `RunError` naming the keys if the run that is there has another recipe, `FingerprintError` if its cache changed.
+    """
+    fresh = Run(root, recipe, describe_run(recipe, cache))
+    if not (root / RUN_FILE).is_file():
+        write_text(root / RECIPE_FILE, recipe.as_toml())
+        write_json(root / RUN_FILE, fresh.info)
+        return fresh, False
+    found = open_run(root)
+    lines = differences(_fixed(found.recipe), _fixed(recipe))
+    if lines:
+        shown = "\n".join(f"  {line}" for line in lines)
+        raise RunError(f"{root} already holds a run with another recipe:\n{shown}\nGive another --run, or the same options.")
+    found.check_columns(cache, same_data=True)
+    write_text(root / RECIPE_FILE, recipe.as_toml())
+    return Run(root, recipe, found.info), True
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that two parts of one training must share; where the data lie does not matter."""
+    value = recipe.model_dump(mode="json")
+    for key in FREE_KEYS:
+        table, _, name = key.rpartition(".")
+        (value[table] if table else value).pop(name)
+    return {key: value[key] for key in ("name", "head", "targets", "train")}
+
+
+def describe_run(recipe: Recipe, cache: Cache) -> dict[str, Any]:
+    """What `run.json` holds: the columns read and their fingerprints, shapes, grid, views, dataset, labels, versions.
+
+    Raises `CacheError` naming the column if the cache lacks one that the head reads.
+    """
+    cls, options = head_options(recipe.head)
+    table = cache.table("train")
+    columns = {name: table.column(name).entry for name in cls.reads(options)}
+    encoders = [entry.fingerprint["encoder"] for entry in columns.values() if "encoder" in entry.fingerprint]
+    return {
+        "pcd": pcd.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cache": str(cache.root),
+        "columns": {name: entry.fingerprint for name, entry in columns.items()},
+        "shapes": {name: list(entry.spec.shape) for name, entry in columns.items()},
+        "grid": encoders[0]["grid"],
+        "views": cache.manifest.plan.as_json(),
+        "dataset": {key: cache.manifest.dataset[key] for key in ("name", "family", "synthetic", "depth_range")},
+        "encoders": cache.manifest.encoders,
+        "labels": labels(cache.manifest.dataset, encoders),
+    }
+
+
+def labels(dataset: Mapping[str, Any], encoders: list[dict[str, Any]]) -> list[str]:
+    """What must be said wherever a result is shown."""
+    random = any(encoder["weights"]["kind"] == "random" for encoder in encoders)
+    return (["random encoder weights"] if random else []) + (["synthetic scenes"] if dataset["synthetic"] else [])

@@ -1,0 +1,140 @@
+"""Train: a head on cached columns. No image is opened and no encoder is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcd.cache import Cache, Table
+from pcd.device import resolve_device
+from pcd.errors import CacheError, IncompleteError, RecipeError, RunError, TextTowerError
+from pcd.evaluation.metrics import HIGHER_IS_BETTER
+from pcd.evaluation.protocols import get_protocol
+from pcd.files import write_json
+from pcd.heads import head_options
+from pcd.heads.base import Batch, Head
+from pcd.progress import SILENT, Progress
+from pcd.recipe import Recipe
+from pcd.stages.patches import predict_table, table_metrics
+from pcd.stages.runs import HISTORY_FILE, Run, create_or_continue, default_run_folder
+from pcd.stages.texts import encoder_digest
+from pcd.training.loop import EpochReport, Loop
+from pcd.training.rows import TrainingRows, hold_or_stream
+from pcd.training.targets import row_targets
+from pcd.views import TRUTH
+
+
+def train(
+    recipe: Recipe,
+    cache: Cache,
+    root: Path | None = None,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    progress: Progress = SILENT,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+) -> Run:
+    """Train the head of `recipe` on the cache's train table, validating on its val table; returns the finished run.
+
+    The run in `root` (default: a name made of cache and recipe) is continued if it was interrupted; with `resume` there must be
+    one. Raises `IncompleteError` for missing rows, `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
+    """
+    where = torch.device(resolve_device(device))
+    _require(cache, recipe)
+    root = root or default_run_folder(cache, recipe)
+    if resume and not (root / "run.json").is_file():
+        raise RunError(f"--resume: {root} holds no run to continue.")
+    run, found = create_or_continue(root, recipe, cache)
+    head, rows = run.new_head().to(where), TrainingRows(cache.table("train"), recipe.train)
+    _attach(rows, cache.table("train"), run, where, progress)
+    loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, _validation(run, cache, where), run.checkpoints)
+    if loop.resume():
+        progress.say(
+            f"{root}: continuing after epoch {loop.epoch}" if not loop.finished else f"{root} is complete: epoch {loop.epoch}."
+        )
+    else:
+        head.initialise(_Context(cache, rows))
+        progress.say(
+            f"{root}: {'starting again' if found else 'a new run'}; {len(rows.rows)} rows, {rows.steps()} steps an epoch"
+        )
+    progress.start("training", recipe.train.epochs, "epochs", done=loop.epoch)
+
+    def after_epoch(report: EpochReport) -> None:
+        write_json(root / HISTORY_FILE, loop.history)
+        progress.advance()
+        on_epoch(report)
+
+    loop.run(after_epoch)
+    progress.stop()
+    return run
+
+
+def _require(cache: Cache, recipe: Recipe) -> None:
+    """Everything that training reads must be there before it begins."""
+    cls, options = head_options(recipe.head)
+    for name in ("train", "val"):
+        if name not in cache.manifest.tables:
+            raise CacheError(
+                f"{cache.root} has no {name} table; training needs samples to learn from and others to validate on."
+            )
+        table = cache.table(name)
+        for column in (*cls.reads(options), *table.column_names()):
+            if not table.column(column).complete:
+                table.column(column).read([table.column(column).missing()[0][0]])  # raises, naming rows and remedy
+                raise IncompleteError(f"{cache.root}: column {column} of table {name} is incomplete.")
+
+
+def _attach(rows: TrainingRows, table: Table, run: Run, device: torch.device, progress: Progress) -> None:
+    cls, options = head_options(run.recipe.head)
+    settings = {"embedding": run.recipe.targets.embedding, "depth": run.recipe.targets.depth}
+    targets = row_targets(
+        table, rows.rows, run.grid, settings, (options.min_depth, options.max_depth), TRUTH[run.recipe.views.depth_resize]
+    )
+    source, words = hold_or_stream(table, cls.reads(options), rows.rows, run.recipe.train.residency, device)
+    progress.say(words)
+    rows.attach(source, targets, device)
+
+
+def _validation(run: Run, cache: Cache, device: torch.device) -> Callable[[Head], Mapping[str, float]]:
+    """Scores a head on the val table under the recipe's validation protocol, with flip TTA if there are mirrored views."""
+    table = cache.table("val")
+    dataset = run.info["dataset"]
+    protocol = get_protocol(run.recipe.train.protocol, dataset["family"], tuple(dataset["depth_range"]))
+    if unknown := [name for name in run.recipe.train.monitor if name not in table_metrics()]:
+        raise RecipeError(f"train.monitor: unknown metric {unknown[0]!r}. Known: {', '.join(table_metrics())}.")
+
+    def validate(head: Head) -> Mapping[str, float]:
+        return predict_table(head.eval(), table, device, run.grid).score([protocol])[protocol.label]
+
+    return validate
+
+
+class _Context:
+    """What a head may look at before training."""
+
+    def __init__(self, cache: Cache, rows: TrainingRows) -> None:
+        self._cache = cache
+        self._rows = rows
+
+    def text(self, phrases: Sequence[str]) -> Tensor:
+        """Text embeddings stored beside the columns."""
+        encoder = encoder_digest(self._cache)
+        if encoder is None:
+            raise TextTowerError(
+                f'{self._cache.root} was made with weights that have no text tower, and head.table_init = "text" needs text '
+                'embeddings. Use head.table_init = "tokens" or "random", or extract with weights that have one.'
+            )
+        stored = self._cache.text(encoder, phrases)
+        if stored is None:
+            raise CacheError(
+                f"{self._cache.root} lacks the text embeddings of {phrases[0]!r} ... {phrases[-1]!r}. "
+                "`pcd extract` with this recipe (--recipe NAME) adds them in seconds; no view is encoded again."
+            )
+        return torch.from_numpy(stored)
+
+    def batches(self) -> Iterator[Batch]:
+        """The training rows once."""
+        return self._rows.once()
