@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pcd.datasets.base import SPLITS, Dataset, DatasetOptions, Intrinsics, Sample, Split
+from pcd.datasets.base import SPLITS, Dataset, DatasetOptions, Grouped, Intrinsics, Sample, Split
 from pcd.recipe import parse_table
 from pcd.registry import Registry
 
-__all__ = ["SPLITS", "Dataset", "DatasetOptions", "Intrinsics", "Sample", "Split", "create_dataset", "registry"]
+__all__ = ["SPLITS", "Dataset", "DatasetOptions", "Grouped", "Intrinsics", "Sample", "Split", "create_dataset", "registry"]
 
 registry = Registry(
     "dataset",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pcd.views import ViewPlan
 
@@ -42,7 +42,7 @@ class DatasetOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     root: Path | None = None
-    limit: int | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
     """At most this many samples of each list, the first ones."""
 
 
@@ -79,10 +79,26 @@ class Dataset(Protocol):
         """(height, width) of the stored depth map, from the file's header."""
         ...
 
+    def missing_files(self, split: Split) -> list[tuple[str, Path]]:
+        """(key, file) of every image or depth file of a list that is not there, by name only: nothing is opened.
+
+        Empty if the dataset has no files.
+        """
+        ...
+
     def view_plan(self) -> ViewPlan:
         """The view plan of the literature for this dataset."""
         ...
 
     def identity(self) -> dict[str, Any]:
         """What determines the samples, in plain JSON values and without absolute paths (a moved root is the same data)."""
+        ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A dataset that knows which samples belong together (a scene, a drive) and must not be torn apart by a split."""
+
+    def groups(self, split: Split) -> dict[str, str]:
+        """Group of each key of an official list; empty if samples stand alone."""
         ...
