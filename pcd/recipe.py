@@ -44,7 +44,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ViewsSection(Section):
-    """`[views]`: overrides of the dataset's own view plan (what is absent stays as the dataset has it), and the depth resize."""
+    """`[views]`: overrides of the dataset's own view plan (what is absent stays), and how depth is resized."""
 
     canvas: Size | None = None
     grid: Size | None = None
@@ -109,8 +109,8 @@ class EvaluateSection(Section):
 
     protocols: Names = ("pureclip", "eigen")
     tta: bool = True
-    upsample: Literal["protocol", "nearest", "bilinear"] = "protocol"
-    """How patches become pixels; `protocol` leaves it to each protocol."""
+    upsample: Literal["nearest", "bilinear", "bilinear-align-corners"] | None = None
+    """How patches become pixels; absent: as each protocol says."""
 
 
 class Recipe(Section):

@@ -17,6 +17,7 @@ from pcd.recipe import Recipe, parse_recipe
 from pcd.stages import plan
 from pcd.stages import rows as stage_rows
 from pcd.stages.extract import Extraction, extract
+from pcd.stages.needs import Needs
 from pcd.views import image_canvas, resize_depth, to_views
 from tests.toy import ToyDataset, ToyEncoder
 
@@ -217,15 +218,15 @@ def test_texts_are_embedded_once_beside_the_columns(tmp_path: Path) -> None:
     from pcd.stages.texts import encoder_digest
 
     phrases = [("1.00 meter", "2.00 meter")]
-    cache = run(tmp_path, phrases=phrases).cache
+    cache = run(tmp_path, also=Needs(phrases=tuple(phrases))).cache
     digest = encoder_digest(cache)
     assert digest is not None
     stored = cache.text(digest, phrases[0])
     expected = ToyEncoder("", ToyEncoder.Options(), (16, 16), "cpu").embed_text(phrases[0])
     np.testing.assert_array_equal(stored, expected.numpy())
     more = [*phrases, ("far",)]
-    assert run(tmp_path, phrases=more).encoded == 0
-    assert len(Cache.open(tmp_path).texts()) == 2
+    assert run(tmp_path, also=Needs(phrases=tuple(more))).encoded == 0
+    assert len(Cache.open(tmp_path).texts()) == 3  # the recipe's own prompts too
 
 
 def test_no_result_depends_on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

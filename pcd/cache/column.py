@@ -65,6 +65,11 @@ class Column:
         """Whether every row can be read."""
         return all(shard in self._committed for shard in range(self.shards))
 
+    def require(self) -> None:
+        """Raise `IncompleteError`, naming the missing rows and the remedy, unless every row can be read."""
+        if gaps := self.missing():
+            raise IncompleteError(self._incomplete(gaps))
+
     def read(self, rows: Sequence[int] | npt.NDArray[np.int64], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The rows asked for, in that order: `(len(rows), *shape)`, into `out` if given (contiguous, right dtype).
 
@@ -96,7 +101,7 @@ class Column:
             self._open.move_to_end(shard)
             return self._open[shard]
         if shard not in self._committed:
-            raise IncompleteError(self._incomplete(shard))
+            raise IncompleteError(self._incomplete(self.missing()))
         path = chunk_path(self.root, self.table, self.spec, shard)
         if not path.is_file():
             raise CorruptError(f"{path}: the shard is committed but its file is gone.")
@@ -106,13 +111,12 @@ class Column:
             self._open.popitem(last=False)[1].close()
         return reader
 
-    def _incomplete(self, shard: int) -> str:
-        gaps = self.missing()
+    def _incomplete(self, gaps: list[tuple[int, int]]) -> str:
         shown = ", ".join(f"{start}:{stop}" for start, stop in gaps[:4]) + (" ..." if len(gaps) > 4 else "")
         missing = sum(stop - start for start, stop in gaps)
         return (
-            f"column {self.spec.name} of table {self.table} in {self.root} lacks {missing} of {self.rows} rows ({shown}; "
-            f"shard {shard} was asked for). The same `pcd extract --cache {self.root}` completes it."
+            f"column {self.spec.name} of table {self.table} in {self.root} lacks {missing} of {self.rows} rows ({shown}). "
+            f"The same `pcd extract --cache {self.root}` completes it."
         )
 
     def close(self) -> None:

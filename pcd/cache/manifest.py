@@ -104,7 +104,13 @@ class Manifest:
             dataset=value["dataset"],
             plan=ViewPlan.from_json(value["views"]),
             split=value["split"],
-            tables={name: TableEntry(**table) for name, table in value["tables"].items()},
+            tables={name: TableEntry(**value["tables"][name]) for name in sorted(value["tables"], key=_in_order)},
             columns={name: ColumnEntry.from_json(column) for name, column in value["columns"].items()},
             encoders=value["encoders"],
         )
+
+
+def _in_order(table: str) -> tuple[int, str]:
+    """Train, val, test, then the others by name: JSON objects have no order."""
+    first = ("train", "val", "test")
+    return (first.index(table) if table in first else len(first), table)

@@ -144,6 +144,11 @@ class Cache:
         self.close()
 
 
+def open_cache(root: str | Path, *, verify: bool = True) -> Cache:
+    """Open the cache in folder `root`; the same as `Cache.open`."""
+    return Cache.open(root, verify=verify)
+
+
 def _attributes(spec: ColumnSpec, entry: ColumnEntry) -> dict[str, Any]:
     attributes: dict[str, Any] = {"meaning": spec.meaning, "fingerprint": digest(entry.fingerprint), **entry.attributes}
     if spec.units_per_metre is not None:

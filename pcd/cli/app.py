@@ -11,9 +11,16 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
-from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 import pcd
@@ -73,7 +80,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """One line on standard error, above the bar if there is one."""
-        errors.print(text, markup=False)
+        errors.print(text, markup=False, soft_wrap=True)
 
     def start(self, label: str, total: int, unit: str, done: int = 0) -> None:
         """Begin a bar."""
@@ -106,6 +113,12 @@ def reporting() -> Iterator[Terminal]:
         terminal.stop()
 
 
+def print_notes(labels: list[str]) -> None:
+    """What must stand beside every number of a run."""
+    for label in labels:
+        errors.print(f"note: {label}", style="yellow", soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output; what is not a number there is null."""
     typer.echo(json.dumps(_plain(value), indent=2, sort_keys=True, allow_nan=False))
@@ -122,12 +135,13 @@ def _plain(value: Any) -> Any:
 def main() -> None:
     """Run the command line; errors become one message and an exit code: 2 what the user gave, 1 what failed."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except PcdError as error:
         _fail(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
+    except _Stopped:
         _fail("stopped. What was committed is kept; the same command continues from there.", INTERRUPTED, debug)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1, debug)
@@ -135,8 +149,12 @@ def main() -> None:
         _fail(f"unexpected {type(error).__name__}: {error}\nThis is a defect of pcd; `pcd --debug ...` shows where.", 1, debug)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; not a `KeyboardInterrupt`, which the command parser would answer before we can."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stopped
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

@@ -9,12 +9,12 @@ import typer
 from rich.table import Table
 
 from pcd.cli import options
-from pcd.cli.app import LOOK, app, errors, output, print_json, reporting
+from pcd.cli.app import LOOK, app, output, print_json, print_notes, reporting
 
 if TYPE_CHECKING:
     from pcd.stages.evaluate import Evaluation
 
-COLUMNS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")
+SHOWN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: pcd evaluate --run runs/nyu --protocol eigen")
@@ -29,7 +29,9 @@ def evaluate(
         str, typer.Option(help="A metric (its best epoch), last, or each (every metric from its own best epoch).")
     ] = "abs_rel",
     tta: Annotated[bool | None, typer.Option("--tta/--no-tta", help="Flip TTA.", show_default="the recipe's")] = None,
-    upsample: Annotated[str | None, typer.Option(help="nearest or bilinear.", show_default="the protocol's")] = None,
+    upsample: Annotated[
+        options.Upsample | None, typer.Option(help="How patches become pixels.", show_default="the protocol's")
+    ] = None,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
@@ -47,7 +49,7 @@ def evaluate(
             protocols=protocol or (),
             checkpoint=checkpoint,
             tta=tta,
-            upsample=upsample,
+            upsample=upsample.value if upsample else None,
             device=device,
             progress=progress,
         )
@@ -58,20 +60,23 @@ def evaluate(
 
 
 def print_scores(evaluation: Evaluation) -> None:
-    """The scores as a table, one row per protocol, and each protocol in words."""
-    result = evaluation.result
+    """The scores as a table, one column per protocol, and each protocol in words."""
+    from pcd.evaluation.metrics import METRICS
+
+    result, protocols = evaluation.result, evaluation.result["protocols"]
     table = Table(title=f"{result['run']} on {result['split']} of {result['cache']}", title_justify="left")
-    table.add_column("protocol", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
-    table.add_column("images", justify="right")
-    for label, scores in result["protocols"].items():
-        table.add_row(label, *(_number(scores["metrics"].get(name)) for name in COLUMNS), _images(scores))
+    table.add_column("metric")
+    for label in protocols:
+        table.add_column(label, justify="right", overflow="fold")
+    for name in SHOWN:
+        metric = METRICS[name]
+        heading = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
+        table.add_row(heading, *(_number(scores["metrics"].get(name)) for scores in protocols.values()))
+    table.add_row("images", *(_images(scores) for scores in protocols.values()))
     output.print(table)
-    for label, scores in result["protocols"].items():
+    for label, scores in protocols.items():
         output.print(f"{label}: {scores['description']}", soft_wrap=True)
-    for label in result["labels"]:
-        errors.print(f"note: {label}", style="yellow")
+    print_notes(result["labels"])
     output.print(f"written to {evaluation.folder}", soft_wrap=True)
 
 

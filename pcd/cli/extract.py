@@ -36,7 +36,8 @@ def extract(
 ) -> None:
     """Run the frozen encoder once over every view and keep the tokens and patch depths in a cache."""
     from pcd.stages.extract import extract as run_stage
-    from pcd.stages.recipes import extraction_recipe, phrases_for
+    from pcd.stages.needs import needs_of_dataset
+    from pcd.stages.recipes import extraction_recipe
 
     resolved = extraction_recipe(
         dataset, recipe, set_ or (), root=root, encoder=encoder, weights=weights, limit=limit, flips=flips
@@ -48,6 +49,6 @@ def extract(
             device=device,
             on_error=on_error.value,
             batch_views=batch,
-            phrases=phrases_for(resolved),
+            also=needs_of_dataset(dataset),
             progress=progress,
         )

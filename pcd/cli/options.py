@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Upsample(StrEnum):
+    """How patches become pixels; the values are those of `pcd.evaluation.pixels.Upsample`."""
+
+    nearest = "nearest"
+    bilinear = "bilinear"
+    bilinear_align_corners = "bilinear-align-corners"
+
 
 Recipe = Annotated[str | None, typer.Option(help="Recipe: a name in pipelines/ or a TOML file.", show_default=False)]
 Set = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pcd.cli import options
-from pcd.cli.app import MAKE, app, errors, output, reporting
+from pcd.cli.app import MAKE, app, errors, output, print_notes, reporting
 
 if TYPE_CHECKING:
     from pcd.stages.runs import Run
@@ -42,12 +42,13 @@ def print_epoch(report: EpochReport) -> None:
     losses = "  ".join(f"{name.removesuffix('/total')} {value:.4f}" for name, value in report.losses.items() if "total" in name)
     metrics = "  ".join(f"{name} {report.metrics[name]:.4f}" for name in ("abs_rel", "rmse", "delta1"))
     improved = f"  better: {', '.join(report.improved)}" if report.improved else f"  no better for {report.wait}"
-    errors.print(f"epoch {report.epoch:3d}  {losses}  |  {metrics}  |  {report.rows_per_second:.0f} rows/s{improved}")
+    errors.print(
+        f"epoch {report.epoch:3d}  {losses}  |  {metrics}  |  {report.rows_per_second:.0f} rows/s{improved}", soft_wrap=True
+    )
 
 
 def print_best(run: Run) -> None:
     """Where the run is and its best validation values."""
-    for label in run.labels:
-        errors.print(f"note: {label}", style="yellow")
+    print_notes(run.labels)
     best = "  ".join(f"{name} {value['value']:.4f} (epoch {value['epoch']})" for name, value in sorted(run.best.items()))
     output.print(f"{run.root}: best validation values: {best}", soft_wrap=True)

@@ -12,6 +12,7 @@ import torch
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
 from pcd.errors import CacheError, UsageError
+from pcd.evaluation.pixels import Upsample
 from pcd.evaluation.protocols import Protocol, get_protocol
 from pcd.evaluation.scoring import Scorer
 from pcd.files import write_json
@@ -47,7 +48,7 @@ def evaluate(
     protocols: Sequence[str] = (),
     checkpoint: str = "abs_rel",
     tta: bool | None = None,
-    upsample: str | None = None,
+    upsample: Upsample | None = None,
     device: str = "auto",
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -82,7 +83,9 @@ def evaluate(
     return Evaluation(folder, document)
 
 
-def choose_protocols(run: Run, cache: Cache, names: Sequence[str], tta: bool | None, upsample: str | None) -> list[Protocol]:
+def choose_protocols(
+    run: Run, cache: Cache, names: Sequence[str], tta: bool | None, upsample: Upsample | None
+) -> list[Protocol]:
     """The protocols by name, fitted to the dataset's family, with the overrides marked in their labels.
 
     Raises `UsageError` if test-time augmentation is asked for and the cache has no mirrored views.
@@ -90,8 +93,7 @@ def choose_protocols(run: Run, cache: Cache, names: Sequence[str], tta: bool | N
     dataset, settings = cache.manifest.dataset, run.recipe.evaluate
     low, high = dataset["depth_range"]
     chosen = [get_protocol(name, dataset["family"], (low, high)) for name in names or settings.protocols]
-    if upsample is None and settings.upsample != "protocol":
-        upsample = settings.upsample
+    upsample = upsample or settings.upsample
     tta = settings.tta if tta is None else tta
     if tta and not cache.manifest.plan.flips:
         raise UsageError(f"{cache.root} has no mirrored views for flip TTA; give --no-tta, or extract with flips.")
@@ -101,8 +103,7 @@ def choose_protocols(run: Run, cache: Cache, names: Sequence[str], tta: bool | N
 def _require(cache: Cache, split: str) -> Table:
     table = cache.table(split)
     for name in table.column_names():
-        if not table.column(name).complete:
-            table.column(name).read([table.column(name).missing()[0][0]])  # raises, naming rows and remedy
+        table.column(name).require()
     if not len(table.usable()):
         raise CacheError(f"{cache.root}: every sample of table {split} was skipped; there is nothing to score.")
     return table
@@ -115,10 +116,10 @@ def _score_one(
     scorer = Scorer(protocols, table.plan)
     source = StreamedRows(table, head.reads(head.options), device)
     progress.start(f"{table.name}: scoring epoch {epoch}", len(table.usable()), "samples")
-    summary = score(
-        head_predictor(head, table, source, run.grid), table, scorer, TRUTH[run.recipe.views.depth_resize], progress.advance
-    )
+    group = TRUTH[run.recipe.views.depth_resize]
+    score(head_predictor(head, table, source, run.grid), table, scorer, group, progress.advance)
     progress.stop()
+    summary = scorer.summary()
     scores = {p.label: {"protocol": p.as_json(), "description": p.describe(), **summary[p.label]} for p in protocols}
     return {"checkpoint": checkpoint, "epoch": epoch, "protocols": scores}, scorer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from pcd.stages.checks import (
     refuse_other_samples,
     refuse_small_disk,
 )
+from pcd.stages.needs import Needs, needs_of
 from pcd.stages.pipeline import Behind
 from pcd.stages.plan import TablePlan, plan_columns, plan_manifest, plan_tables, view_plan
 from pcd.stages.texts import embed_texts, lacks_texts
@@ -58,12 +59,12 @@ def extract(
     device: str = "auto",
     on_error: OnError = "stop",
     batch_views: int | None = None,
-    phrases: Sequence[Sequence[str]] = (),
+    also: Needs | None = None,
     progress: Progress = SILENT,
 ) -> Extraction:
     """Fill the cache in folder `root` with what `recipe` needs; returns at once if everything is there.
 
-    `phrases` are lists of texts whose embeddings go beside the columns if the weights have a text tower.
+    `also` is what else goes beside the tokens while the images are at hand: texts to embed, other ways to resize the depth.
     Raises `DatasetError`, `WeightsError`, `SpaceError`, and `FingerprintError` if the cache was made another way.
     """
     dataset = create_dataset(recipe.dataset["name"], recipe.options("dataset"), "dataset")
@@ -71,20 +72,19 @@ def extract(
     wanted = plan_manifest(dataset, view_plan(dataset, recipe.views), tables)
     kind = split_name(recipe.encoder["name"])[0]
     request = request_of(recipe.encoder["name"], recipe.options("encoder"), "encoder")
+    needs = (also or Needs()).joined(needs_of(recipe))
     for note in dataset.notes:
         progress.say(note)
     if (root / "manifest.json").exists():
         cache = Cache.open(root)
         refuse_other_samples(cache, wanted)
-        same = (
-            cache.manifest.encoders.get(kind, {}).get("request") == request
-            and f"{TRUTH[recipe.views.depth_resize]}/canvas" in cache.manifest.columns
-        )
-        if same and cache.complete and not lacks_texts(cache, phrases):
+        truths = {f"{TRUTH[resize]}/canvas" for resize in needs.resizes}
+        same = cache.manifest.encoders.get(kind, {}).get("request") == request and truths <= set(cache.manifest.columns)
+        if same and cache.complete and not lacks_texts(cache, needs.phrases):
             progress.say(f"{root} is complete: {describe_rows(cache)}. Nothing to do.")
             return Extraction(cache, 0, {})
     with writing(root):
-        return _extract(recipe, root, dataset, tables, wanted, request, device, on_error, batch_views, phrases, progress)
+        return _extract(recipe, root, dataset, tables, wanted, request, device, on_error, batch_views, needs, progress)
 
 
 def _extract(
@@ -97,7 +97,7 @@ def _extract(
     device: str,
     on_error: OnError,
     batch_views: int | None,
-    phrases: Sequence[Sequence[str]],
+    needs: Needs,
     progress: Progress,
 ) -> Extraction:
     from pcd.stages.rows import RowMaker  # imports torch, which a complete cache does not wait for
@@ -105,16 +105,15 @@ def _extract(
     if on_error == "stop":
         refuse_missing_files(dataset, tables)
     encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), wanted.plan.view_size, device, "encoder")
-    resize = recipe.views.depth_resize
-    entries = plan_columns(wanted, encoder, resize, native_size(dataset, tables))
+    entries = plan_columns(wanted, encoder, needs.resizes, native_size(dataset, tables))
     cache = _open_or_create(root, wanted, tables)
     refuse_other_columns(cache, entries)
     refuse_small_disk(cache, entries, progress)
     cache.manifest.encoders[split_name(recipe.encoder["name"])[0]] = {"table": recipe.encoder, "request": request}
     cache.add_columns(entries)
-    embed_texts(cache, encoder, phrases, progress)
+    embed_texts(cache, encoder, needs.phrases, progress)
     batch = batch_views or BATCH_VIEWS.get(_device_kind(device), BATCH_VIEWS["cpu"])
-    maker = RowMaker(dataset, wanted.plan, encoder, entries, resize, on_error, batch)
+    maker = RowMaker(dataset, wanted.plan, encoder, entries, needs.resizes, on_error, batch)
     encoded = sum(_fill_table(cache.table(table.name), table, maker, progress) for table in tables)
     _record(root, encoder, device, encoded, maker.skipped)
     progress.say(f"{root}: {describe_rows(cache)}" + (f", {len(maker.skipped)} skipped now" if maker.skipped else ""))
@@ -184,6 +183,6 @@ def _record(root: Path, encoder: Encoder, device: str, encoded: int, skipped: di
 
 
 def describe_rows(cache: Cache) -> str:
-    """For example `train 9 samples, val 1, test 4; 8 views each`."""
-    tables = ", ".join(f"{name} {table.samples} samples" for name, table in cache.manifest.tables.items())
-    return f"{tables}; {cache.manifest.plan.views} views each"
+    """For example `samples: train 9, val 1, test 4; views of each: 8`."""
+    tables = ", ".join(f"{name} {table.samples}" for name, table in cache.manifest.tables.items())
+    return f"samples: {tables}; views of each: {cache.manifest.plan.views}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -71,12 +71,11 @@ def score(
     scorer: Scorer,
     group: str,
     advance: Callable[[int], None] = lambda number: None,
-) -> Mapping[str, Mapping[str, float]]:
-    """Score every usable sample of a table against its ground truth in column group `group`; returns the summary."""
+) -> None:
+    """Give every usable sample of a table and its ground truth in column group `group` to the scorer."""
     keys = table.keys
     for samples in groups_of(table.usable(), max(1, VIEWS_AT_ONCE // table.views)):
         native = native_truth(table, samples) if scorer.needs_native else None
         truth = torch.from_numpy(canvas_truth(table, samples, group))
         scorer.add([keys[sample] for sample in samples], predict(samples), truth, native)
         advance(len(samples))
-    return scorer.summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,19 +93,21 @@ def plan_manifest(dataset: Dataset, plan: ViewPlan, tables: list[TablePlan], see
 
 
 def plan_columns(
-    manifest: Manifest, encoder: Encoder, resize: DepthResize, native_size: tuple[int, int] | None
+    manifest: Manifest, encoder: Encoder, resizes: Sequence[DepthResize], native_size: tuple[int, int] | None
 ) -> dict[str, ColumnEntry]:
-    """Entries of all columns that this encoder and the ground truth give.
+    """Entries of all columns that this encoder and the ground truth, brought to the canvas in each of `resizes`, give.
 
     `native_size` (height, width) holds the largest stored frame of val and test, or None if there are neither.
     """
     shared = {"schema": SCHEMA, "dataset": digest(manifest.dataset), "tables": digest(manifest.as_json()["tables"])}
     viewed = {**shared, "views": manifest.plan.as_json()}
     made_by_encoder = {spec: {**viewed, "column": spec.name, "encoder": encoder.fingerprint()} for spec in encoder.columns}
-    truth = _truth_columns(manifest, encoder.grid, TRUTH[resize])
-    rule = PixelRule(*manifest.dataset["depth_range"])
-    stated = {**viewed, "resize": resize, "rule": {**rule.as_json(), "grid": list(encoder.grid)}}
-    fingerprints = made_by_encoder | {spec: {**stated, "column": spec.name} for spec in truth}
+    rule = {**PixelRule(*manifest.dataset["depth_range"]).as_json(), "grid": list(encoder.grid)}
+    fingerprints = made_by_encoder | {
+        spec: {**viewed, "resize": resize, "rule": rule, "column": spec.name}
+        for resize in resizes
+        for spec in _truth_columns(manifest, encoder.grid, TRUTH[resize])
+    }
     fingerprints |= {spec: {**shared, "column": spec.name} for spec in _sample_columns()}
     everywhere = tuple(manifest.tables)
     shard = shard_samples(manifest, list(fingerprints))

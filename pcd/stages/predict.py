@@ -18,7 +18,7 @@ from pcd.device import resolve_device
 from pcd.encoders import create_encoder
 from pcd.errors import FingerprintError, MissingFileError, RunError, UsageError
 from pcd.evaluation.pictures import Panel, save_panels
-from pcd.evaluation.pixels import combine_views, native_prediction
+from pcd.evaluation.pixels import Upsample, combine_views, native_prediction
 from pcd.fingerprint import differences
 from pcd.progress import SILENT, Progress
 from pcd.stages.runs import Run
@@ -47,7 +47,7 @@ class Predictor:
         weights: str | None = None,
         device: str = "auto",
         tta: bool = True,
-        upsample: str = "bilinear",
+        upsample: Upsample = "bilinear",
     ) -> None:
         """Loads the head and the encoder it was trained on.
 

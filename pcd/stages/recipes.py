@@ -8,7 +8,6 @@ from typing import Any
 
 from pcd.cache import Cache
 from pcd.errors import CacheError, RecipeError
-from pcd.heads import head_options
 from pcd.recipe import Recipe, known_recipes, load_recipe, parse_recipe
 
 FALLBACK = "folder"
@@ -50,20 +49,6 @@ def extraction_recipe(
     if not flips:
         table["views"]["flips"] = False
     return parse_recipe(table, "extract")
-
-
-def phrases_for(recipe: Recipe) -> list[tuple[str, ...]]:
-    """Texts whose embeddings this recipe and the shipped ones of the same dataset need, so that ablations find them."""
-    recipes = [recipe]
-    for name in known_recipes():
-        other = load_recipe(name)
-        if other.dataset["name"] == recipe.dataset["name"] and other.name != recipe.name:
-            recipes.append(other)
-    lists = []
-    for other in recipes:
-        cls, options = head_options(other.head, f"recipe {other.name}: head")
-        lists.append(cls.phrases(options))
-    return [phrases for phrases in dict.fromkeys(lists) if phrases]
 
 
 def training_recipe(cache: Cache, name: str | None, overrides: Iterable[str]) -> Recipe:

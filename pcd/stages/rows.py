@@ -33,7 +33,7 @@ class RowMaker:
         plan: ViewPlan,
         encoder: Encoder,
         entries: dict[str, ColumnEntry],
-        resize: DepthResize,
+        resizes: Sequence[DepthResize],
         on_error: OnError,
         batch_views: int,
     ) -> None:
@@ -42,8 +42,7 @@ class RowMaker:
         self._plan = plan
         self._encoder = encoder
         self._entries = entries
-        self._resize = resize
-        self._group = TRUTH[resize]
+        self._resizes = resizes
         self._on_error = on_error
         self._batch_views = batch_views
         self._rule = PixelRule(*dataset.depth_range)
@@ -72,10 +71,9 @@ class RowMaker:
             return self._filler()
 
     def _prepare(self, sample: Sample) -> tuple[Arrays, npt.NDArray[np.float32]]:
-        stored = depths.encode(depth_canvas(sample.depth, self._plan, self._resize), self._units(f"{self._group}/canvas"))
-        if not stored.any():
-            raise SampleError("no pixel of the canvas has depth: the stored map is empty, or the crop leaves nothing.")
-        arrays = self._truth(to_views(stored, self._plan))
+        arrays: Arrays = {}
+        for resize in self._resizes:
+            arrays |= self._truth(sample, resize)
         camera = sample.intrinsics
         parameters = [np.nan] * 4 if camera is None else [camera.fx, camera.fy, camera.cx, camera.cy]
         arrays[SAMPLE_OK] = np.ones(1, dtype=np.uint8)
@@ -85,14 +83,21 @@ class RowMaker:
             arrays["depth/native"] = self._native(sample.depth)
         return arrays, to_views(image_canvas(sample.rgb, self._plan), self._plan)
 
-    def _truth(self, canvas: npt.NDArray[np.uint16]) -> Arrays:
-        statistics = patch_statistics(canvas, self._units(f"{self._group}/canvas"), self._encoder.grid, self._rule)
+    def _truth(self, sample: Sample, resize: DepthResize) -> Arrays:
+        """Canvas depth and patch statistics of all views."""
+        group = TRUTH[resize]
+        units = self._units(f"{group}/canvas")
+        stored = depths.encode(depth_canvas(sample.depth, self._plan, resize), units)
+        if not stored.any():
+            raise SampleError("no pixel of the canvas has depth: the stored map is empty, or the crop leaves nothing.")
+        canvas = to_views(stored, self._plan)
+        statistics = patch_statistics(canvas, units, self._encoder.grid, self._rule)
         return {
-            f"{self._group}/canvas": canvas,
-            f"{self._group}/present": statistics.present,
-            f"{self._group}/count": statistics.count,
-            f"{self._group}/mean": statistics.mean,
-            f"{self._group}/var": statistics.var,
+            f"{group}/canvas": canvas,
+            f"{group}/present": statistics.present,
+            f"{group}/count": statistics.count,
+            f"{group}/mean": statistics.mean,
+            f"{group}/var": statistics.var,
         }
 
     def _native(self, depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

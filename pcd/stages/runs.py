@@ -76,7 +76,7 @@ class Run:
         shapes = {name: tuple(shape) for name, shape in self.info["shapes"].items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.train.seed)
-            return cls(options, shapes, self.grid)  # type: ignore[call-arg]
+            return cls(options, shapes, self.grid)
 
     def checkpoint_file(self, which: str) -> tuple[Path, int]:
         """The file of checkpoint `last` or of the best epoch of a metric, and the epoch.
@@ -172,7 +172,7 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
 
 
 def describe_run(recipe: Recipe, cache: Cache) -> dict[str, Any]:
-    """What `run.json` holds: the columns read and their fingerprints, shapes, grid, views, dataset, labels, versions.
+    """What `run.json` holds: the columns read and their fingerprints, shapes, grid, stored frame size, views, dataset, labels.
 
     Raises `CacheError` naming the column if the cache lacks one that the head reads.
     """
@@ -188,6 +188,7 @@ def describe_run(recipe: Recipe, cache: Cache) -> dict[str, Any]:
         "columns": {name: entry.fingerprint for name, entry in columns.items()},
         "shapes": {name: list(entry.spec.shape) for name, entry in columns.items()},
         "grid": encoders[0]["grid"],
+        "frame": table.column("sample/size").read(table.usable()[:1])[0].tolist(),
         "views": cache.manifest.plan.as_json(),
         "dataset": {key: cache.manifest.dataset[key] for key in ("name", "family", "synthetic", "depth_range")},
         "encoders": cache.manifest.encoders,

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
-from pcd.errors import CacheError, IncompleteError, RecipeError, RunError, TextTowerError
-from pcd.evaluation.metrics import HIGHER_IS_BETTER
+from pcd.errors import CacheError, RecipeError, RunError, TextTowerError, suggest
+from pcd.evaluation.metrics import METRICS
 from pcd.evaluation.protocols import get_protocol
+from pcd.evaluation.scoring import Scorer
 from pcd.files import write_json
 from pcd.heads import head_options
 from pcd.heads.base import Batch, Head
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
-from pcd.stages.patches import predict_table, table_metrics
+from pcd.stages.inference import head_predictor, score
 from pcd.stages.runs import HISTORY_FILE, Run, create_or_continue, default_run_folder
 from pcd.stages.texts import encoder_digest
 from pcd.training.loop import EpochReport, Loop
-from pcd.training.rows import TrainingRows, hold_or_stream
+from pcd.training.rows import RowSource, TrainingRows, hold_or_stream
 from pcd.training.targets import row_targets
 from pcd.views import TRUTH
 
@@ -36,11 +40,13 @@ def train(
     device: str = "auto",
     progress: Progress = SILENT,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    through: Callable[[RowSource], RowSource] = lambda source: source,
 ) -> Run:
     """Train the head of `recipe` on the cache's train table, validating on its val table; returns the finished run.
 
     The run in `root` (default: a name made of cache and recipe) is continued if it was interrupted; with `resume` there must be
-    one. Raises `IncompleteError` for missing rows, `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
+    one. All columns are read `through` a filter (for baselines that spoil them). Raises `IncompleteError` for missing rows,
+    `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
     """
     where = torch.device(resolve_device(device))
     _require(cache, recipe)
@@ -48,9 +54,13 @@ def train(
     if resume and not (root / "run.json").is_file():
         raise RunError(f"--resume: {root} holds no run to continue.")
     run, found = create_or_continue(root, recipe, cache)
-    head, rows = run.new_head().to(where), TrainingRows(cache.table("train"), recipe.train)
-    _attach(rows, cache.table("train"), run, where, progress)
-    loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, _validation(run, cache, where), run.checkpoints)
+    learn, check = cache.table("train"), cache.table("val")
+    head, rows = run.new_head().to(where), TrainingRows(learn, recipe.train)
+    _attach(rows, learn, run, through(_source(learn, rows.rows, run, where, progress)), where)
+    held_out = check.view_rows(check.usable()).reshape(-1)
+    validate = _validation(run, check, through(_source(check, held_out, run, where, progress)))
+    higher = frozenset(name for name, metric in METRICS.items() if metric.better == "higher")
+    loop = Loop(head, rows, recipe.train, higher, validate, run.checkpoints)
     if loop.resume():
         progress.say(
             f"{root}: continuing after epoch {loop.epoch}" if not loop.finished else f"{root} is complete: epoch {loop.epoch}."
@@ -75,39 +85,50 @@ def train(
 def _require(cache: Cache, recipe: Recipe) -> None:
     """Everything that training reads must be there before it begins."""
     cls, options = head_options(recipe.head)
+    truth = f"{TRUTH[recipe.views.depth_resize]}/canvas"
     for name in ("train", "val"):
         if name not in cache.manifest.tables:
             raise CacheError(
                 f"{cache.root} has no {name} table; training needs samples to learn from and others to validate on."
             )
         table = cache.table(name)
-        for column in (*cls.reads(options), *table.column_names()):
-            if not table.column(column).complete:
-                table.column(column).read([table.column(column).missing()[0][0]])  # raises, naming rows and remedy
-                raise IncompleteError(f"{cache.root}: column {column} of table {name} is incomplete.")
+        if truth not in table.column_names():
+            raise CacheError(
+                f"{cache.root} holds no ground truth resized by views.depth_resize = {recipe.views.depth_resize!r}. "
+                "`pcd extract` with this recipe (--recipe NAME) adds it; no view is encoded again."
+            )
+        for column in dict.fromkeys((*cls.reads(options), *table.column_names())):
+            table.column(column).require()
 
 
-def _attach(rows: TrainingRows, table: Table, run: Run, device: torch.device, progress: Progress) -> None:
-    cls, options = head_options(run.recipe.head)
+def _attach(rows: TrainingRows, table: Table, run: Run, source: RowSource, device: torch.device) -> None:
+    """Targets by the recipe's rules, columns from `source`."""
+    _, options = head_options(run.recipe.head)
     settings = {"embedding": run.recipe.targets.embedding, "depth": run.recipe.targets.depth}
-    targets = row_targets(
-        table, rows.rows, run.grid, settings, (options.min_depth, options.max_depth), TRUTH[run.recipe.views.depth_resize]
-    )
-    source, words = hold_or_stream(table, cls.reads(options), rows.rows, run.recipe.train.residency, device)
-    progress.say(words)
-    rows.attach(source, targets, device)
+    depth_range = (options.min_depth, options.max_depth)
+    group = TRUTH[run.recipe.views.depth_resize]
+    rows.attach(source, row_targets(table, rows.rows, run.grid, settings, depth_range, group), device)
 
 
-def _validation(run: Run, cache: Cache, device: torch.device) -> Callable[[Head], Mapping[str, float]]:
+def _source(table: Table, rows: npt.NDArray[np.int64], run: Run, device: torch.device, progress: Progress) -> RowSource:
+    cls, options = head_options(run.recipe.head)
+    source, words = hold_or_stream(table, cls.reads(options), rows, run.recipe.train.residency, device)
+    progress.say(f"{table.name}: {words}")
+    return source
+
+
+def _validation(run: Run, table: Table, source: RowSource) -> Callable[[Head], Mapping[str, float]]:
     """Scores a head on the val table under the recipe's validation protocol, with flip TTA if there are mirrored views."""
-    table = cache.table("val")
-    dataset = run.info["dataset"]
-    protocol = get_protocol(run.recipe.train.protocol, dataset["family"], tuple(dataset["depth_range"]))
-    if unknown := [name for name in run.recipe.train.monitor if name not in table_metrics()]:
-        raise RecipeError(f"train.monitor: unknown metric {unknown[0]!r}. Known: {', '.join(table_metrics())}.")
+    low, high = table.manifest.dataset["depth_range"]
+    protocol = get_protocol(run.recipe.train.protocol, table.manifest.dataset["family"], (low, high))
+    protocol = replace(protocol, tta=protocol.tta and table.plan.flips)
+    if unknown := [name for name in run.recipe.train.monitor if name not in METRICS]:
+        raise RecipeError(f"train.monitor: unknown metric {unknown[0]!r}.{suggest(unknown[0], METRICS)}")
 
     def validate(head: Head) -> Mapping[str, float]:
-        return predict_table(head.eval(), table, device, run.grid).score([protocol])[protocol.label]
+        scorer = Scorer([protocol], table.plan)
+        score(head_predictor(head.eval(), table, source, run.grid), table, scorer, TRUTH[run.recipe.views.depth_resize])
+        return scorer.scores[protocol.label].means()
 
     return validate
 

@@ -1,0 +1,37 @@
+"""`pcd demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pcd.cli import options
+from pcd.cli.app import MAKE, app, output, print_notes, reporting
+
+
+@app.command(rich_help_panel=MAKE, epilog="Example: pcd demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
+    set_: options.Set = None,
+    device: options.Device = "auto",
+) -> None:
+    """Synthetic scenes through extract, train and evaluate, beside two baselines: a few minutes, no downloads."""
+    from pcd.cli.train import print_epoch
+    from pcd.recipe import load_recipe
+    from pcd.stages.demo import demo as run_stage
+
+    with reporting() as progress:
+        result = run_stage(load_recipe("demo", set_ or ()), out, device=device, progress=progress, on_epoch=print_epoch)
+    table = Table(title="test scores", title_justify="left")
+    table.add_column("what predicts")
+    for name in ("abs_rel", "rmse", "delta1"):
+        table.add_column(name, justify="right")
+    for name, scores in result.scores.items():
+        table.add_row(name, *(f"{scores[metric]:.3f}" for metric in ("abs_rel", "rmse", "delta1")))
+    output.print(table)
+    output.print(f"protocol: {result.protocol}", soft_wrap=True)
+    print_notes([f"{' and '.join(result.run.labels)}: these scores show that the machinery works, not how good CLIP is"])
+    output.print(f"look at {result.picture}", soft_wrap=True)

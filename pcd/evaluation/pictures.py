@@ -1,0 +1,65 @@
+"""Depth maps as pictures that a person can read: colours with a scale in metres."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = "turbo_r"
+"""Near is warm, far is cold."""
+WIDTH = 5.0
+"""Inches of one panel."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One map or image with its title: `(h, w)` metres (NaN is drawn grey) or RGB uint8 `(h, w, 3)`."""
+
+    title: str
+    pixels: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+
+
+def depth_scale(maps: Sequence[npt.NDArray[np.float32]]) -> tuple[float, float]:
+    """The 2nd and 98th percentile of all finite depths together, in metres."""
+    values = np.concatenate([np.zeros(0, dtype=np.float32), *(depth[np.isfinite(depth)] for depth in maps)])
+    if not values.size:
+        return 0.0, 1.0
+    low, high = np.percentile(values, (2, 98))
+    return float(low), float(max(high, low + 1e-3))
+
+
+def save_panels(path: Path, rows: Sequence[Sequence[Panel]], title: str, scale: tuple[float, float] | None = None) -> None:
+    """Draw rows of panels with one shared scale in metres and save them as PNG (or what the suffix says)."""
+    depths = [panel.pixels for row in rows for panel in row if panel.pixels.ndim == 2]
+    low, high = scale or depth_scale([depth.astype(np.float32) for depth in depths])
+    height, width = rows[0][0].pixels.shape[:2]
+    columns = max(len(row) for row in rows)
+    size = (columns * WIDTH + 1, len(rows) * (WIDTH * height / width + 0.35) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    image = None
+    for line, row in zip(axes, rows, strict=True):
+        for axis, panel in zip(line, row, strict=False):
+            axis.set_title(panel.title, fontsize=10)
+            axis.set_facecolor("0.6")
+            if panel.pixels.ndim == 2:
+                image = axis.imshow(np.ma.masked_invalid(panel.pixels), cmap=COLOURS, vmin=low, vmax=high)
+            else:
+                axis.imshow(panel.pixels)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        for axis in line[len(row) :]:
+            axis.set_axis_off()
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="depth in metres", fraction=0.03, pad=0.01)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
