@@ -85,6 +85,10 @@ class TrainingError(PcdError, ArithmeticError):
     """Training cannot go on: nothing to learn from, or a loss that is not finite."""
 
 
+class PredictionError(PcdError, ArithmeticError):
+    """A prediction that cannot be scored: not finite, or not positive where a disparity is needed."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message for an unknown name: the nearest known one, then all of them."""
     names = sorted(known)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pcd.columns import ColumnSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EncoderOptions(BaseModel):
@@ -18,10 +20,10 @@ class EncoderOptions(BaseModel):
 
     weights: str = "auto"
     """`auto` (the published weights of the tag), `random` (asked for by name only) or the path of a file."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of random weights."""
-    precision: str = "auto"
-    """`fp32`, `fp16`, `bf16`, or `auto`: fp16 on a GPU, fp32 on the CPU."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """`auto` is fp16 on a CUDA GPU and fp32 elsewhere."""
 
 
 class Encoder(Protocol):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pcd.encoders.base import Encoder
     from pcd.stages.rows import Arrays, OnError, RowMaker
 
-BATCH_VIEWS = {"cuda": 64, "mps": 16, "cpu": 8}
+BATCH_VIEWS = {"cuda": 64, "mps": 16, "cpu": 4}
 PROVENANCE = "provenance.jsonl"
 
 
