@@ -1,7 +1,7 @@
 """Run what a document tells its reader to run: every `sh` and `python` block, in order, in one scratch folder.
 
-A block whose line before says `<!-- needs: ... -->` is left out, and what it needs is printed: it asks for data or hardware that
-not every machine has.
+A block whose line before says `<!-- needs: ... -->` is left out, and what it needs is printed: it asks for data or hardware
+that not every machine has.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_predict_writes_metres_in_three_forms(trained: Command) -> None:
     assert [Path(item["image"]).name for item in written] == ["a.png", "b.jpg"]
     for item, size in zip(written, [(24, 40), (61, 33)], strict=True):
         metres = np.load(item["npy"])
-        stored = cv2.imread(item["png"], cv2.IMREAD_UNCHANGED)
+        stored = np.asarray(cv2.imread(item["png"], cv2.IMREAD_UNCHANGED))
         assert metres.shape == stored.shape == size
         assert stored.dtype == np.uint16
         np.testing.assert_allclose(stored / item["units_per_metre"], metres, atol=0.5 / item["units_per_metre"] + 1e-6)
