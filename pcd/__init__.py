@@ -1,7 +1,7 @@
 """pcd: train and compare depth heads on frozen encoders, from a cache that is written once.
 
-The Python interface is that of the stages: `load_recipe`, `extract`, `open_cache`, `train`, `open_run`, `evaluate`, `Predictor`.
-Names are imported when they are first used, so that `import pcd` costs nothing.
+The Python interface is that of the stages: `load_recipe`, `extract`, `open_cache`, `train`, `open_run`, `evaluate`,
+`Predictor` and `run_recipe`. Names are imported when they are first used, so that `import pcd` costs nothing.
 """
 
 from __future__ import annotations

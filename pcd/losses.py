@@ -10,14 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def alignment_loss(fused: Tensor, table: Tensor, bins: Tensor) -> Tensor:
-    """Equation 14: mean of `1 - z . w_y` over patches. `fused (M, D)` and `table (K, D)` are unit vectors, `bins (M,)`."""
-    return (1 - (fused * table[bins]).sum(dim=-1)).mean()
+def alignment_loss(cosines: Tensor, bins: Tensor) -> Tensor:
+    """Equation 14: mean of `1 - z . w_y` over patches, from all cosines `(M, K)` and the true bins `(M,)`.
+
+    Gathered from the cosines rather than from the table: the gradient of a row lookup is summed in an order that the threads
+    decide, and two runs would differ in the last bit.
+    """
+    return (1 - cosines.gather(1, bins[:, None])).mean()
 
 
-def info_nce_loss(fused: Tensor, table: Tensor, bins: Tensor, temperature: float) -> Tensor:
-    """Equation 13: cross-entropy of the scores `z . w_j / temperature` against the true bin, mean over patches."""
-    return F.cross_entropy(fused @ table.T / temperature, bins)
+def info_nce_loss(cosines: Tensor, bins: Tensor, temperature: float) -> Tensor:
+    """Equation 13: cross-entropy of the scores `z . w_j / temperature` `(M, K)` against the true bin, mean over patches."""
+    return F.cross_entropy(cosines / temperature, bins)
 
 
 def pixel_rmse(depth: Tensor, count: Tensor, mean: Tensor, var: Tensor, *, per_map: bool) -> Tensor:

@@ -28,8 +28,8 @@ def test_alignment_and_info_nce() -> None:
         align += 1 - scores[y] * tau
         nce -= math.log(math.exp(scores[y]) / sum(math.exp(s) for s in scores))
     z, w, indices = torch.tensor(fused), torch.tensor(table), torch.tensor(bins)
-    assert float(alignment_loss(z, w, indices)) == pytest.approx(align / 7, rel=1e-12)
-    assert float(info_nce_loss(z, w, indices, tau)) == pytest.approx(nce / 7, rel=1e-12)
+    assert float(alignment_loss(z @ w.T, indices)) == pytest.approx(align / 7, rel=1e-12)
+    assert float(info_nce_loss(z @ w.T, indices, tau)) == pytest.approx(nce / 7, rel=1e-12)
 
 
 @pytest.mark.parametrize("per_map", [True, False])

@@ -26,6 +26,7 @@ from rich.text import Text
 
 import pcd
 from pcd.errors import PcdError
+from pcd.files import plain
 
 MAKE, LOOK = "Make", "Look"
 INTERRUPTED = 130
@@ -122,15 +123,7 @@ def print_notes(labels: list[str]) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output; what is not a number there is null."""
-    typer.echo(json.dumps(_plain(value), indent=2, sort_keys=True, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+    typer.echo(json.dumps(plain(value), indent=2, sort_keys=True, allow_nan=False))
 
 
 def main() -> None:

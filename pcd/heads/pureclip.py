@@ -207,10 +207,10 @@ class PureClipHead(Head):
         fused, flat = self._embed_where(batch.columns, target.valid)
         if phase == "depth":
             return {"total": self._depth_loss(fused, flat, batch)}
-        weights, table = self.options.embedding, self.unit_table()
+        weights, cosines = self.options.embedding, fused @ self.unit_table().T
         bins = self.bins.index(target.mean.reshape(-1)[flat])
-        align = alignment_loss(fused, table, bins)
-        nce = info_nce_loss(fused, table, bins, self.options.temperature)
+        align = alignment_loss(cosines, bins)
+        nce = info_nce_loss(cosines, bins, self.options.temperature)
         return {"total": weights.alignment * align + weights.info_nce * nce, "alignment": align, "info_nce": nce}
 
     def _depth_loss(self, fused: Tensor, flat: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
 from pcd.errors import CacheError, UsageError
-from pcd.evaluation.pixels import Upsample
+from pcd.evaluation.protocol import Upsample
 from pcd.evaluation.protocols import Protocol, get_protocol
 from pcd.evaluation.scoring import Scorer
 from pcd.files import write_json

@@ -18,7 +18,8 @@ from pcd.device import resolve_device
 from pcd.encoders import create_encoder
 from pcd.errors import FingerprintError, MissingFileError, RunError, UsageError
 from pcd.evaluation.pictures import Panel, save_panels
-from pcd.evaluation.pixels import Upsample, combine_views, native_prediction
+from pcd.evaluation.pixels import combine_views, native_prediction
+from pcd.evaluation.protocol import Upsample
 from pcd.fingerprint import differences
 from pcd.progress import SILENT, Progress
 from pcd.stages.runs import Run

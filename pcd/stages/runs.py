@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -168,7 +169,14 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     for key in FREE_KEYS:
         table, _, name = key.rpartition(".")
         (value[table] if table else value).pop(name)
-    return {key: value[key] for key in ("name", "head", "targets", "train")}
+    return {key: _finite(value[key]) for key in ("name", "head", "targets", "train")}
+
+
+def _finite(value: Any) -> Any:
+    """The same with infinity as a word: fingerprints are JSON, which has none."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return "inf" if value == math.inf else value
 
 
 def describe_run(recipe: Recipe, cache: Cache) -> dict[str, Any]:

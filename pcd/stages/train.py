@@ -14,10 +14,10 @@ from torch import Tensor
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
 from pcd.errors import CacheError, RecipeError, RunError, TextTowerError, suggest
-from pcd.evaluation.metrics import METRICS
+from pcd.evaluation.metrics import HIGHER_IS_BETTER, METRICS
 from pcd.evaluation.protocols import get_protocol
 from pcd.evaluation.scoring import Scorer
-from pcd.files import write_json
+from pcd.files import plain, write_json
 from pcd.heads import head_options
 from pcd.heads.base import Batch, Head
 from pcd.progress import SILENT, Progress
@@ -59,8 +59,7 @@ def train(
     _attach(rows, learn, run, through(_source(learn, rows.rows, run, where, progress)), where)
     held_out = check.view_rows(check.usable()).reshape(-1)
     validate = _validation(run, check, through(_source(check, held_out, run, where, progress)))
-    higher = frozenset(name for name, metric in METRICS.items() if metric.better == "higher")
-    loop = Loop(head, rows, recipe.train, higher, validate, run.checkpoints)
+    loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, validate, run.checkpoints)
     if loop.resume():
         progress.say(
             f"{root}: continuing after epoch {loop.epoch}" if not loop.finished else f"{root} is complete: epoch {loop.epoch}."
@@ -73,7 +72,7 @@ def train(
     progress.start("training", recipe.train.epochs, "epochs", done=loop.epoch)
 
     def after_epoch(report: EpochReport) -> None:
-        write_json(root / HISTORY_FILE, loop.history)
+        write_json(root / HISTORY_FILE, plain(loop.history))
         progress.advance()
         on_epoch(report)
 
