@@ -199,9 +199,10 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = find_recipe(name)
     table = _read(path, seen=())
     table.setdefault("name", path.stem)
-    for override in overrides:
+    given = list(overrides)
+    for override in given:
         _override(table, override)
-    return parse_recipe(table, str(path))
+    return parse_recipe(table, f"{path}{''.join(f' --set {override}' for override in given)}")
 
 
 def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:

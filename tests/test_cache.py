@@ -86,6 +86,16 @@ def test_zarr_python_writes_shards_that_pcd_reads(full: tuple[Cache, dict[str, n
         np.testing.assert_array_equal(cache.table("train").column(name).read(range(SAMPLES * 4)), rows[name][::-1])
 
 
+def test_columns_are_lazy_dask_arrays_once_they_are_complete(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
+    cache, rows = full
+    lazy = cache.table("train").column("clip/patch").as_dask()
+    assert lazy.chunks[0] == (8, 8, 8, 4)
+    np.testing.assert_array_equal(lazy.compute(), rows["clip/patch"])
+    commits.path(cache.root, "train", "clip/patch", 2).unlink()
+    with pytest.raises(IncompleteError, match="16:24"):
+        Cache.open(cache.root).table("train").column("clip/patch").as_dask()
+
+
 def test_arrays_carry_names_units_and_fingerprints(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
     array = zarr.open_array(full[0].root / "train" / "depth/canvas", mode="r")
     assert array.metadata.dimension_names == ("view", "y", "x")  # type: ignore[union-attr]

@@ -210,6 +210,14 @@ def test_a_run_is_not_scored_on_another_encoders_cache(trained: Command) -> None
     assert "weights.kind: found 'file', wanted 'random'" in err
 
 
+def test_a_run_whose_cache_has_moved_says_so(trained: Command) -> None:
+    Path("cache/toy").rename("elsewhere")
+    code, _, err = trained("evaluate", "--run", "runs/one")
+    assert code == 2
+    assert "which is not there; say where it is with --cache" in err
+    assert trained("evaluate", "--run", "runs/one", "--cache", "elsewhere")[0] == 0
+
+
 def test_text_tables_need_a_text_tower(pcd: Command) -> None:
     code, _, err = pcd("extract", "--dataset", "toy", "--encoder", "toy:toy", "--set", "encoder.text=false")
     assert code == 0, err

@@ -39,7 +39,7 @@ def test_released_recipes_differ_from_the_papers_where_the_reference_says() -> N
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epoch=3", ["nyu.toml", "'train.epoch'", "Did you mean 'epochs'"]),
+        ("train.epoch=3", ["nyu.toml --set train.epoch=3", "'train.epoch'", "Did you mean 'epochs'"]),
         ("train.epochs=0", ["train.epochs = 0", "greater than 0"]),
         ("train.epochs=2.5", ["train.epochs = 2.5", "integer"]),
         ("train.epochs=true", ["train.epochs = True", "integer"]),

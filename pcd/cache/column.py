@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from pcd.cache.manifest import ColumnEntry
 from pcd.cache.shards import ShardReader
 from pcd.columns import ColumnSpec
 from pcd.errors import CorruptError, IncompleteError
+
+if TYPE_CHECKING:
+    import dask.array
 
 OPEN_SHARDS = 128
 """File descriptors a column keeps open at most; indexes of 128 shards of 64 rows are 130 kB."""
@@ -84,6 +87,20 @@ class Column:
             for position in np.flatnonzero(numbers // self.shard_rows == shard):
                 self._read_row(reader, int(numbers[position]), out[position : position + 1])
         return out
+
+    def as_dask(self) -> dask.array.Array:
+        """The whole column as a lazy dask array `(rows, *shape)`, a shard per block: for statistics over more than memory.
+
+        Raises `IncompleteError` unless every row is committed: a plain Zarr reader would show zeros.
+        """
+        import dask.array
+
+        self.require()
+        blocks = (self.shard_rows, *self.spec.shape)
+        array: dask.array.Array = dask.array.from_zarr(  # type: ignore[no-untyped-call]
+            str(self.root / self.table / self.spec.name), chunks=blocks
+        )
+        return array
 
     def _read_row(self, reader: ShardReader, row: int, out: npt.NDArray[Any]) -> None:
         if not 0 <= row < self.rows:

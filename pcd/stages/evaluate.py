@@ -58,7 +58,7 @@ def evaluate(
     Raises `FingerprintError` for a cache of another encoder, `CacheError` for a missing table, `UsageError` for a protocol or
     option that does not apply.
     """
-    cache = cache or Cache.open(run.info["cache"])
+    cache = cache or run.open_cache()
     run.check_columns(cache, same_data=False)
     table = _require(cache, split)
     chosen = choose_protocols(run, cache, protocols, tta, upsample)

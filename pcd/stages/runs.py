@@ -100,6 +100,14 @@ class Run:
         checkpoints.load_weights(head, tensors, path)
         return head.to(device).eval(), epoch
 
+    def open_cache(self) -> Cache:
+        """The cache the run was trained on. Raises `RunError` if it is no longer where it was."""
+        if not Path(self.info["cache"]).is_dir():
+            raise RunError(
+                f"{self.root} was trained on {self.info['cache']}, which is not there; say where it is with --cache."
+            )
+        return Cache.open(self.info["cache"])
+
     def check_columns(self, cache: Cache, *, same_data: bool) -> None:
         """Raise `FingerprintError` unless the cache's columns were made as those the run was trained on.
 
@@ -192,7 +200,7 @@ def describe_run(recipe: Recipe, cache: Cache) -> dict[str, Any]:
         "pcd": pcd.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cache": str(cache.root),
+        "cache": str(cache.root.resolve()),
         "columns": {name: entry.fingerprint for name, entry in columns.items()},
         "shapes": {name: list(entry.spec.shape) for name, entry in columns.items()},
         "grid": encoders[0]["grid"],
