@@ -274,3 +274,13 @@ def test_doctor_tells_versions_and_names(pcd: Command) -> None:
     assert "openclip" in facts["names"]["encoders"]
     assert facts["versions"]["torch"].startswith("2.")
     assert "versions" in pcd("doctor")[1]
+
+
+def test_protocols_are_listed_in_words(pcd: Command) -> None:
+    code, out, _ = pcd("protocols", "--family", "kitti")
+    assert code == 0
+    assert "eigen-kitti-garg (kitti, also eigen)" in out
+    assert "117.188" in out
+    assert "eigen-nyu" not in out
+    assert {item["family"] for item in json.loads(pcd("protocols", "--json")[1])} == {"nyu", "kitti", "generic"}
+    assert pcd("protocols", "--family", "kity")[0] == 2

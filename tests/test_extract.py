@@ -179,6 +179,18 @@ def test_a_broken_sample_stops_or_is_recorded(tmp_path: Path) -> None:
     assert inspect_cache(Cache.open(tmp_path))["skipped"] == extraction.skipped
 
 
+def test_a_sample_that_was_read_once_cannot_be_skipped_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its new rows would be filler that readers take for the truth."""
+    run(tmp_path, toy_recipe(dataset={"broken": ["test-1"]}), on_error="skip")
+    nearest = toy_recipe(dataset={"broken": ["test-1", "test-2"]}, views={"depth_resize": "nearest"})
+    with pytest.raises(SampleError, match=r"sample test-2: .*could be read when the cache was begun.*restore"):
+        run(tmp_path, nearest, on_error="skip")
+    fixed = toy_recipe(dataset={"broken": ["test-1"]}, views={"depth_resize": "nearest"})
+    cache = run(tmp_path, fixed, on_error="skip").cache
+    assert cache.complete
+    assert len(cache.table("test").usable()) == 4
+
+
 def test_missing_files_are_named_before_anything_is_encoded(tmp_path: Path) -> None:
     calls = ToyEncoder.calls
     with pytest.raises(MissingFileError, match=r"1 files that the lists name are not there.*\n  train-2: train-2\.png"):

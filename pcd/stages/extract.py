@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pcd
 from pcd.cache import Cache, Manifest, Table
 from pcd.cache.lock import writing
+from pcd.cache.table import SAMPLE_OK
 from pcd.cache.writer import RangeWriter
 from pcd.datasets import Dataset, create_dataset
 from pcd.encoders import create_encoder, request_of, split_name
@@ -111,6 +112,7 @@ def _extract(
     refuse_small_disk(cache, entries, progress)
     cache.manifest.encoders[split_name(recipe.encoder["name"])[0]] = {"table": recipe.encoder, "request": request}
     cache.add_columns(entries)
+    entries = {name: cache.manifest.columns[name] for name in entries}
     embed_texts(cache, encoder, needs.phrases, progress)
     batch = batch_views or BATCH_VIEWS.get(_device_kind(device), BATCH_VIEWS["cpu"])
     maker = RowMaker(dataset, wanted.plan, encoder, entries, needs.resizes, on_error, batch)
@@ -140,13 +142,22 @@ def _fill_table(table: Table, plan: TablePlan, maker: RowMaker, progress: Progre
     progress.start(f"{table.name}: encoding", table.samples, "samples", done=table.samples - left)
     for start, stop, wanted in open_ranges:
         with RangeWriter(table, wanted, start, stop) as writer, Behind(depth=2) as queue:
-            for number, rows in maker.rows(plan.source, plan.keys[start:stop], wanted):
+            keys = plan.keys[start:stop]
+            for number, rows in maker.rows(plan.source, keys, wanted, _read_before(table, keys, start, wanted)):
                 queue.put(_later(writer.append, rows))
                 progress.advance(number)
     progress.stop()
     for column in columns.values():
         column.refresh()
     return left
+
+
+def _read_before(table: Table, keys: tuple[str, ...], start: int, wanted: set[str]) -> set[str]:
+    """Samples that columns which are there already hold as read."""
+    if SAMPLE_OK in wanted:
+        return set()
+    marks = table.column(SAMPLE_OK).read(range(start, start + len(keys)))
+    return {key for key, mark in zip(keys, marks, strict=True) if mark}
 
 
 def _later(function: Callable[[Arrays], None], rows: Arrays) -> Callable[[], None]:

@@ -20,8 +20,10 @@ from pcd.stages.pipeline import ahead
 from pcd.views import TRUTH, DepthResize, ViewPlan, depth_canvas, image_canvas, to_views
 
 Arrays = dict[str, npt.NDArray[Any]]
+Views = npt.NDArray[np.float32]
 OnError = Literal["stop", "skip"]
 DECODE_THREADS = 4
+NATIVE = "depth/native"
 
 
 class RowMaker:
@@ -48,29 +50,40 @@ class RowMaker:
         self._rule = PixelRule(*dataset.depth_range)
         self._from_encoder = {spec.name for spec in encoder.columns}
 
-    def rows(self, source: Split, keys: Sequence[str], columns: set[str]) -> Iterator[tuple[int, Arrays]]:
-        """Rows of a few samples at a time, and how many samples they are."""
+    def rows(
+        self, source: Split, keys: Sequence[str], columns: set[str], read_before: set[str]
+    ) -> Iterator[tuple[int, Arrays]]:
+        """Rows of a few samples at a time, and how many samples they are.
+
+        Samples that were `read_before`, into columns that are there already, cannot be skipped any more.
+        """
         group = max(1, self._batch_views // self._plan.views)
-        loaded = ahead(lambda key: self._load(source, key), keys, DECODE_THREADS, 2 * group + DECODE_THREADS)
-        held: list[tuple[Arrays, npt.NDArray[np.float32]]] = []
+
+        def load(key: str) -> tuple[Arrays, Views]:
+            return self._load(source, key, columns, skippable=self._on_error == "skip" and key not in read_before)
+
+        loaded = ahead(load, keys, DECODE_THREADS, 2 * group + DECODE_THREADS)
+        held: list[tuple[Arrays, Views]] = []
         for number, item in enumerate(loaded, start=1):
             held.append(item)
             if len(held) == group or number == len(keys):
                 yield len(held), self._encode(held, columns)
                 held = []
 
-    def _load(self, source: Split, key: str) -> tuple[Arrays, npt.NDArray[np.float32]]:
-        """Everything of a sample but the encoder's columns, and its views `(views, h, w, 3)`."""
+    def _load(self, source: Split, key: str, columns: set[str], *, skippable: bool) -> tuple[Arrays, Views]:
+        """Everything of a sample but the encoder's columns, and its views `(views, h, w, 3)` if those are wanted."""
         try:
-            return self._prepare(self._dataset.load(source, key))
+            return self._prepare(self._dataset.load(source, key), columns)
         except (SampleError, MissingFileError) as error:
-            if self._on_error == "stop":
+            if not skippable:
                 hint = "`--on-error skip` records such samples and goes on; what is done is kept."
+                if self._on_error == "skip":
+                    hint = "It could be read when the cache was begun, so it cannot be skipped now: restore the file."
                 raise type(error)(f"sample {key}: {error} {hint}") from error
             self.skipped[key] = str(error)
             return self._filler()
 
-    def _prepare(self, sample: Sample) -> tuple[Arrays, npt.NDArray[np.float32]]:
+    def _prepare(self, sample: Sample, columns: set[str]) -> tuple[Arrays, Views]:
         arrays: Arrays = {}
         for resize in self._resizes:
             arrays |= self._truth(sample, resize)
@@ -79,8 +92,10 @@ class RowMaker:
         arrays[SAMPLE_OK] = np.ones(1, dtype=np.uint8)
         arrays["sample/size"] = np.array([sample.depth.shape], dtype=np.int32)
         arrays["sample/intrinsics"] = np.array([parameters], dtype=np.float32)
-        if "depth/native" in self._entries:
-            arrays["depth/native"] = self._native(sample.depth)
+        if NATIVE in columns:
+            arrays[NATIVE] = self._native(sample.depth)
+        if not columns & self._from_encoder:
+            return arrays, np.zeros((0, *self._plan.view_size, 3), dtype=np.float32)
         return arrays, to_views(image_canvas(sample.rgb, self._plan), self._plan)
 
     def _truth(self, sample: Sample, resize: DepthResize) -> Arrays:
@@ -102,14 +117,17 @@ class RowMaker:
 
     def _native(self, depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
         """The stored ground truth in the top left corner of a frame that holds the largest."""
-        shape = self._entries["depth/native"].spec.shape
-        if depth.shape[0] > shape[0] or depth.shape[1] > shape[1]:
-            return np.zeros((1, *shape), dtype=np.uint16)  # a training frame, larger than any that is scored at native size
-        padded = np.zeros((1, *shape), dtype=np.uint16)
-        padded[0, : depth.shape[0], : depth.shape[1]] = depths.encode(depth, self._units("depth/native"))
+        height, width = self._entries[NATIVE].spec.shape
+        if depth.shape[0] > height or depth.shape[1] > width:
+            raise SampleError(
+                f"its frame of {depth.shape[0]}x{depth.shape[1]} is larger than any that could be read when the cache was "
+                f"begun ({height}x{width}); extract into a new cache."
+            )
+        padded = np.zeros((1, height, width), dtype=np.uint16)
+        padded[0, : depth.shape[0], : depth.shape[1]] = depths.encode(depth, self._units(NATIVE))
         return padded
 
-    def _filler(self) -> tuple[Arrays, npt.NDArray[np.float32]]:
+    def _filler(self) -> tuple[Arrays, Views]:
         """Rows of a skipped sample: `sample/ok` is 0 and readers never hand them out."""
         arrays: Arrays = {}
         for name, entry in self._entries.items():
@@ -118,7 +136,7 @@ class RowMaker:
                 arrays[name] = np.zeros((number, *entry.spec.shape), dtype=entry.spec.dtype)
         return arrays, np.zeros((self._plan.views, *self._plan.view_size, 3), dtype=np.float32)
 
-    def _encode(self, held: list[tuple[Arrays, npt.NDArray[np.float32]]], columns: set[str]) -> Arrays:
+    def _encode(self, held: list[tuple[Arrays, Views]], columns: set[str]) -> Arrays:
         """Rows of the samples held, the encoder's columns among them if any of those is wanted."""
         rows = {name: np.concatenate([arrays[name] for arrays, _ in held]) for name in held[0][0] if name in columns}
         if columns & self._from_encoder:
