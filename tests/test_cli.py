@@ -284,3 +284,26 @@ def test_protocols_are_listed_in_words(pcd: Command) -> None:
     assert "eigen-nyu" not in out
     assert {item["family"] for item in json.loads(pcd("protocols", "--json")[1])} == {"nyu", "kitti", "generic"}
     assert pcd("protocols", "--family", "kity")[0] == 2
+
+
+def test_a_cache_without_mirrored_views_is_scored_without_tta(pcd: Command) -> None:
+    extract = ["extract", "--dataset", "toy", "--encoder", "toy:toy", "--weights", "random", "--no-flips", "--device", "cpu"]
+    assert pcd(*extract)[0] == 0
+    assert pcd("train", "--cache", "cache/toy", *TOY)[0] == 0
+    code, _, err = pcd("evaluate")
+    assert code == 2
+    assert "--no-tta" in err
+    code, out, _ = pcd("evaluate", "--no-tta", "--json")
+    assert code == 0
+    assert all("no TTA" in scores["description"] for scores in json.loads(out)["protocols"].values())
+
+
+def test_another_ground_truth_is_another_run(extracted: Command) -> None:
+    nearest = ["--set", "views.depth_resize=nearest"]
+    code, _, err = extracted("train", "--cache", "cache/toy", *TOY, *nearest)
+    assert code == 1
+    assert "holds no ground truth resized by views.depth_resize = 'nearest'" in err
+    assert extracted("extract", "--dataset", "toy", "--encoder", "toy:toy", "--weights", "random", *nearest)[0] == 0
+    for options in ([], nearest):
+        assert extracted("train", "--cache", "cache/toy", *TOY, *options)[0] == 0
+    assert len(list(Path("runs").iterdir())) == 2

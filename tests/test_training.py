@@ -267,6 +267,17 @@ def test_two_optimisers_take_turns_like_a_plain_loop(cache: Cache, tmp_path: Pat
         torch.testing.assert_close(value, twin.state_dict()[name], rtol=0, atol=0)
 
 
+def test_learning_rates_decay_while_nothing_improves_and_training_ends(cache: Cache, tmp_path: Path) -> None:
+    loop = make_loop(cache, tmp_path, 50, lambda head: {"rmse": 1.0})
+    loop.stopping.patience, loop.stopping.decay_start = 5, 1
+    rates: list[tuple[float, float]] = []
+    loop.run(lambda report: rates.append((report.factor, loop._optimisers["embedding"].param_groups[0]["lr"])))
+    factors = [1.0, 1.0, 1.0, 0.775, 0.55, 0.325]
+    assert [factor for factor, _ in rates] == pytest.approx(factors)
+    assert [rate for _, rate in rates] == pytest.approx([3e-4 * factor for factor in factors])
+    assert loop.stopping.wait == 5
+
+
 def test_only_best_epochs_are_kept(cache: Cache, tmp_path: Path) -> None:
     values = iter([3.0, 2.0, 5.0, 1.0, 4.0])
     make_loop(cache, tmp_path, 5, lambda head: {"rmse": next(values)}).run(lambda report: None)

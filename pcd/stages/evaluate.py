@@ -96,7 +96,10 @@ def choose_protocols(
     upsample = upsample or settings.upsample
     tta = settings.tta if tta is None else tta
     if tta and not cache.manifest.plan.flips:
-        raise UsageError(f"{cache.root} has no mirrored views for flip TTA; give --no-tta, or extract with flips.")
+        raise UsageError(
+            f"{cache.root} has no mirrored views for flip TTA; give --no-tta (evaluate.tta=false in a recipe), "
+            "or extract with flips."
+        )
     return [replace(p, tta=p.tta and tta, upsample=upsample or p.upsample) for p in chosen]
 
 

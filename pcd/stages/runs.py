@@ -26,8 +26,8 @@ RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.toml"
 HISTORY_FILE = "history.json"
 RUNS = Path("runs")
-FREE_KEYS = ("description", "evaluate", "train.epochs", "train.residency")
-"""What may differ when a run is continued: none of it changes an epoch that was already trained."""
+FREE_KEYS = {"epochs", "residency"}
+"""Keys of `[train]` that may differ when a run is continued: neither changes an epoch that was already trained."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,12 @@ def create_or_continue(root: Path, recipe: Recipe, cache: Cache) -> tuple[Run, b
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that two parts of one training must share; where the data lie does not matter."""
+    """The part of a recipe that two parts of one training must share; where the data lie and how it is scored do not matter."""
     value = recipe.model_dump(mode="json")
-    for key in FREE_KEYS:
-        table, _, name = key.rpartition(".")
-        (value[table] if table else value).pop(name)
-    return {key: _finite(value[key]) for key in ("name", "head", "targets", "train")}
+    fixed = {key: value[key] for key in ("name", "head", "targets")}
+    train = {key: item for key, item in value["train"].items() if key not in FREE_KEYS}
+    plain: dict[str, Any] = _finite({**fixed, "train": train, "depth_resize": recipe.views.depth_resize})
+    return plain
 
 
 def _finite(value: Any) -> Any:
