@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,18 @@ def test_foreign_records_are_caught(full: tuple[Cache, dict[str, np.ndarray]]) -
         assert [f.shard for f in verify_cache(cache)] == [0], field
     record.write_text("{")
     assert "damaged" in verify_cache(cache)[0].detail
+    del value["digest"]
+    honest = commits.Commit(**value)
+    for foreign, words in (
+        (replace(honest, fingerprint="0" * 64), "another fingerprint"),
+        (replace(honest, stop=7), "speaks of rows 0:7"),
+        (replace(honest, sha256="0" * 64), "not those that were committed"),
+        (replace(honest, bytes=3), "3 were written"),
+    ):
+        commits.write(cache.root, foreign)  # agrees with its own digest, not with the cache
+        assert [words in fault.detail for fault in verify_cache(cache)] == [True]
+    commits.write(cache.root, honest)
+    assert verify_cache(cache) == []
 
 
 def test_texts_lie_beside_the_columns(full: tuple[Cache, dict[str, np.ndarray]]) -> None:

@@ -211,6 +211,27 @@ def test_same_seed_same_bits_and_resume_equals_uninterrupted(cache: Cache, tmp_p
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+def test_dropout_differs_between_epochs_and_seeds_and_leaves_the_global_stream_alone(cache: Cache, tmp_path: Path) -> None:
+    seeds = {}
+    for name, seed in (("a", 0), ("b", 1)):
+        loop = make_loop(cache, tmp_path / name, 3)
+        loop._settings = TrainSection(epochs=3, batch_size=4, monitor=("rmse",), seed=seed)
+        seen: list[int] = []
+        forward = loop.head.losses
+
+        def spy(batch: Any, phase: str, seen: list[int] = seen, forward: Any = forward) -> Any:
+            seen.append(torch.initial_seed())
+            return forward(batch, phase)
+
+        loop.head.losses = spy  # type: ignore[method-assign]
+        before = torch.random.get_rng_state()
+        loop.run(lambda report: None)
+        assert torch.equal(before, torch.random.get_rng_state())
+        seeds[name] = set(seen)
+    assert len(seeds["a"]) == len(seeds["b"]) == 3
+    assert not seeds["a"] & seeds["b"]
+
+
 def test_interrupted_inside_an_epoch_goes_back_to_the_last_whole_one(cache: Cache, tmp_path: Path) -> None:
     whole = make_loop(cache, tmp_path / "a", 3)
     whole.run(lambda report: None)
