@@ -116,6 +116,8 @@ def test_checkpoints_and_overrides_are_named_in_the_result(trained: Command) -> 
     result = json.loads(out)
     assert set(result["epoch"]) >= {"rmse", "abs_rel", "delta1"}
     assert any("upsample=nearest" in label and "tta=" in label for label in result["protocols"])
+    code, out, _ = trained("evaluate", "--protocol", "eigen", "--upsample", "nearest")
+    assert out.count("eigen[upsample=nearest]") == 2  # in the table and beside the words
     code, out, _ = trained("evaluate", "--checkpoint", "last", "--split", "val", "--json")
     assert json.loads(out)["epoch"] == 2
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pcd.cli import options
@@ -26,7 +27,7 @@ def inspect(cache: Where, json: options.Json = False) -> None:
         return
     output.print(f"{facts['path']}: {facts['summary']}", soft_wrap=True)
     for name, value in facts["facts"].items():
-        output.print(f"  {name}: {value}", soft_wrap=True)
+        output.print(f"  {name}: {value}", soft_wrap=True, markup=False)
     table = Table()
     for heading in ("column", "row", "dtype", "tables", "rows", "committed", "on disk"):
         table.add_column(heading, justify="right" if heading in ("rows", "committed", "on disk") else "left")
@@ -42,7 +43,7 @@ def inspect(cache: Where, json: options.Json = False) -> None:
         )
     output.print(table)
     for key, reason in facts["skipped"].items():
-        output.print(f"  skipped {key}: {reason}", soft_wrap=True)
+        output.print(f"  skipped {key}: {reason}", soft_wrap=True, markup=False)
 
 
 @cache_app.command(epilog="Example: pcd cache verify cache/kitti")
@@ -69,7 +70,7 @@ def verify(
         table.add_column(heading, overflow="fold")
     for fault in faults:
         shard = "" if fault.shard is None else str(fault.shard)
-        table.add_row(fault.table, fault.column, shard, fault.rows, fault.kind, fault.detail)
+        table.add_row(fault.table, fault.column, shard, fault.rows, fault.kind, escape(fault.detail))
     output.print(table)
     if forget:
         errors.print(f"{drop(opened, faults)} records dropped; the same `pcd extract` writes these shards anew.")

@@ -32,6 +32,6 @@ def demo(
     for name, scores in result.scores.items():
         table.add_row(name, *(f"{scores[metric]:.3f}" for metric in ("abs_rel", "rmse", "delta1")))
     output.print(table)
-    output.print(f"protocol: {result.protocol}", soft_wrap=True)
+    output.print(f"protocol: {result.protocol}", soft_wrap=True, markup=False)
     print_notes([f"{' and '.join(result.run.labels)}: these scores show that the machinery works, not how good CLIP is"])
     output.print(f"look at {result.picture}", soft_wrap=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pcd.cli import options
@@ -64,10 +65,11 @@ def print_scores(evaluation: Evaluation) -> None:
     from pcd.evaluation.metrics import METRICS
 
     result, protocols = evaluation.result, evaluation.result["protocols"]
-    table = Table(title=f"{result['run']} on {result['split']} of {result['cache']}", title_justify="left")
+    title = f"{result['run']} on {result['split']} of {result['cache']}"
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("metric")
     for label in protocols:
-        table.add_column(label, justify="right", overflow="fold")
+        table.add_column(escape(label), justify="right", overflow="fold")
     for name in SHOWN:
         metric = METRICS[name]
         heading = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
@@ -75,7 +77,7 @@ def print_scores(evaluation: Evaluation) -> None:
     table.add_row("images", *(_images(scores) for scores in protocols.values()))
     output.print(table)
     for label, scores in protocols.items():
-        output.print(f"{label}: {scores['description']}", soft_wrap=True)
+        output.print(f"{label}: {scores['description']}", soft_wrap=True, markup=False)
     print_notes(result["labels"])
     output.print(f"written to {evaluation.folder}", soft_wrap=True)
 
