@@ -27,6 +27,8 @@ from pcd.views import ViewPlan, image_canvas, to_views
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 VIEWS_AT_ONCE = 16
+WIDE = 2.0
+"""Images this many times wider than high stand above their depth, others beside it."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def save_prediction(
         raise OSError(f"{files['png']} could not be written")
     np.save(files["npy"], depth)
     title = f"{name}: {depth.min():.2f} to {depth.max():.2f} m" + "".join(f" ({label})" for label in run.labels)
-    save_panels(files["picture"], [[Panel("image", rgb), Panel("predicted depth", depth)]], title)
+    panels = [Panel("image", rgb), Panel("predicted depth", depth)]
+    wide = rgb.shape[1] > WIDE * rgb.shape[0]
+    save_panels(files["picture"], [[panel] for panel in panels] if wide else [panels], title)
     return {
         **{kind: str(path) for kind, path in files.items()},
         "units_per_metre": units,
