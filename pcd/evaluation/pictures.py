@@ -40,8 +40,8 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], title: str, scale: 
     low, high = scale or depth_scale([depth.astype(np.float32) for depth in depths])
     height, width = rows[0][0].pixels.shape[:2]
     columns = max(len(row) for row in rows)
-    panel = WIDTH * (2 if columns == 1 else 1)
-    size = (columns * panel + 1, len(rows) * (panel * height / width + 0.35) + 0.5)
+    wide = WIDTH * (2 if columns == 1 else 1)
+    size = (columns * wide + 1, len(rows) * (wide * height / width + 0.35) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), columns, squeeze=False)
