@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from pcd.recipe import Recipe, parse_recipe
 from pcd.stages import plan
 from pcd.stages import rows as stage_rows
 from pcd.stages.extract import Extraction, extract
-from pcd.stages.needs import Needs
 from pcd.views import image_canvas, resize_depth, to_views
 from tests.toy import ToyDataset, ToyEncoder
 
@@ -229,16 +230,33 @@ def test_unknown_names_and_options(tmp_path: Path) -> None:
 def test_texts_are_embedded_once_beside_the_columns(tmp_path: Path) -> None:
     from pcd.stages.texts import encoder_digest
 
-    phrases = [("1.00 meter", "2.00 meter")]
-    cache = run(tmp_path, also=Needs(phrases=tuple(phrases))).cache
+    coarse = toy_recipe(head={"name": "pureclip", "min_depth": 0.0, "max_depth": 4.0, "bins": 2})
+    phrases = ("1.00 meter", "3.00 meter")
+    cache = run(tmp_path, also=[coarse]).cache
     digest = encoder_digest(cache)
     assert digest is not None
-    stored = cache.text(digest, phrases[0])
-    expected = ToyEncoder("", ToyEncoder.Options(), (16, 16), "cpu").embed_text(phrases[0])
-    np.testing.assert_array_equal(stored, expected.numpy())
-    more = [*phrases, ("far",)]
-    assert run(tmp_path, also=Needs(phrases=tuple(more))).encoded == 0
-    assert len(Cache.open(tmp_path).texts()) == 3  # the recipe's own prompts too
+    expected = ToyEncoder("", ToyEncoder.Options(), (16, 16), "cpu").embed_text(phrases)
+    np.testing.assert_array_equal(cache.text(digest, phrases), expected.numpy())
+    assert len(cache.texts()) == 2  # the recipe's own prompts too
+    far = toy_recipe(head={"name": "pureclip", "min_depth": 0.0, "max_depth": 8.0, "bins": 2})
+    assert run(tmp_path, also=[coarse, far]).encoded == 0
+    assert len(Cache.open(tmp_path).texts()) == 3
+    before = files(tmp_path)
+    assert run(tmp_path, also=[far]).encoded == 0  # another question, the same answer
+    assert files(tmp_path) == before
+
+
+def test_the_same_question_is_answered_without_torch(tmp_path: Path) -> None:
+    """In a process of its own: a complete cache must not wait for heavy imports."""
+    command = ["extract", "--dataset", "synthetic", "--encoder", "openclip:pcd-demo", "--weights", "random", "--cache"]
+    command += [str(tmp_path), "--limit", "2", "--set", "views.canvas=[32,32]", "--device", "cpu"]
+    code = "import atexit, sys; from pcd.cli import main; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += f"sys.argv = ['pcd', *{command!r}]; main()"
+    ends = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        ends.append((done.stdout.split()[-1], "Nothing to do" in done.stderr))
+    assert ends == [("True", False), ("False", True)]
 
 
 def test_no_result_depends_on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

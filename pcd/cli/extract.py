@@ -36,7 +36,7 @@ def extract(
 ) -> None:
     """Run the frozen encoder once over every view and keep the tokens and patch depths in a cache."""
     from pcd.stages.extract import extract as run_stage
-    from pcd.stages.needs import needs_of_dataset
+    from pcd.stages.needs import shipped_recipes
     from pcd.stages.recipes import extraction_recipe
 
     resolved = extraction_recipe(
@@ -49,6 +49,6 @@ def extract(
             device=device,
             on_error=on_error.value,
             batch_views=batch,
-            also=needs_of_dataset(dataset),
+            also=shipped_recipes(dataset),
             progress=progress,
         )

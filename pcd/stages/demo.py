@@ -23,7 +23,7 @@ from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
 from pcd.stages.extract import extract
 from pcd.stages.inference import Predict, constant_predictor, head_predictor, native_truth, score
-from pcd.stages.needs import needs_of_dataset
+from pcd.stages.needs import shipped_recipes
 from pcd.stages.runs import Run
 from pcd.stages.train import train
 from pcd.training.rows import RowSource, StreamedRows, random_stream
@@ -74,9 +74,7 @@ def demo(
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> Demo:
     """Extract, train and score the demo recipe in folder `out`, then its baselines, and draw test samples."""
-    cache = extract(
-        recipe, out / "cache", device=device, also=needs_of_dataset(recipe.dataset["name"]), progress=progress
-    ).cache
+    cache = extract(recipe, out / "cache", device=device, also=shipped_recipes(recipe.dataset["name"]), progress=progress).cache
     run = train(recipe, cache, out / "run", device=device, progress=progress, on_epoch=on_epoch)
     progress.say("the same head on shuffled tokens: what is learned when features say nothing about depth")
     blind = train(recipe, cache, out / "run-shuffled", device=device, progress=progress, through=ShuffledTokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from pcd.stages.checks import (
     refuse_other_samples,
     refuse_small_disk,
 )
-from pcd.stages.needs import Needs, needs_of
+from pcd.stages.needs import asked_by, needs_of_all
 from pcd.stages.pipeline import Behind
 from pcd.stages.plan import TablePlan, plan_columns, plan_manifest, plan_tables, view_plan
 from pcd.stages.texts import embed_texts, lacks_texts
@@ -60,12 +60,12 @@ def extract(
     device: str = "auto",
     on_error: OnError = "stop",
     batch_views: int | None = None,
-    also: Needs | None = None,
+    also: Sequence[Recipe] = (),
     progress: Progress = SILENT,
 ) -> Extraction:
     """Fill the cache in folder `root` with what `recipe` needs; returns at once if everything is there.
 
-    `also` is what else goes beside the tokens while the images are at hand: texts to embed, other ways to resize the depth.
+    What the recipes in `also` need beside the tokens (texts to embed, other ways to resize the depth) is made in the same pass.
     Raises `DatasetError`, `WeightsError`, `SpaceError`, and `FingerprintError` if the cache was made another way.
     """
     dataset = create_dataset(recipe.dataset["name"], recipe.options("dataset"), "dataset")
@@ -73,19 +73,16 @@ def extract(
     wanted = plan_manifest(dataset, view_plan(dataset, recipe.views), tables)
     kind = split_name(recipe.encoder["name"])[0]
     request = request_of(recipe.encoder["name"], recipe.options("encoder"), "encoder")
-    needs = (also or Needs()).joined(needs_of(recipe))
     for note in dataset.notes:
         progress.say(note)
     if (root / "manifest.json").exists():
         cache = Cache.open(root)
         refuse_other_samples(cache, wanted)
-        truths = {f"{TRUTH[resize]}/canvas" for resize in needs.resizes}
-        same = cache.manifest.encoders.get(kind, {}).get("request") == request and truths <= set(cache.manifest.columns)
-        if same and cache.complete and not lacks_texts(cache, needs.phrases):
+        if _nothing_to_do(cache, kind, request, [recipe, *also]):
             progress.say(f"{root} is complete: {describe_rows(cache)}. Nothing to do.")
             return Extraction(cache, 0, {})
     with writing(root):
-        return _extract(recipe, root, dataset, tables, wanted, request, device, on_error, batch_views, needs, progress)
+        return _extract(recipe, root, dataset, tables, wanted, request, device, on_error, batch_views, also, progress)
 
 
 def _extract(
@@ -98,11 +95,12 @@ def _extract(
     device: str,
     on_error: OnError,
     batch_views: int | None,
-    needs: Needs,
+    also: Sequence[Recipe],
     progress: Progress,
 ) -> Extraction:
     from pcd.stages.rows import RowMaker  # imports torch, which a complete cache does not wait for
 
+    needs, kind = needs_of_all([recipe, *also]), split_name(recipe.encoder["name"])[0]
     if on_error == "stop":
         refuse_missing_files(dataset, tables)
     encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), wanted.plan.view_size, device, "encoder")
@@ -110,16 +108,30 @@ def _extract(
     cache = _open_or_create(root, wanted, tables)
     refuse_other_columns(cache, entries)
     refuse_small_disk(cache, entries, progress)
-    cache.manifest.encoders[split_name(recipe.encoder["name"])[0]] = {"table": recipe.encoder, "request": request}
+    cache.manifest.encoders[kind] = {"table": recipe.encoder, "request": request}
     cache.add_columns(entries)
     entries = {name: cache.manifest.columns[name] for name in entries}
     embed_texts(cache, encoder, needs.phrases, progress)
     batch = batch_views or BATCH_VIEWS.get(_device_kind(device), BATCH_VIEWS["cpu"])
     maker = RowMaker(dataset, wanted.plan, encoder, entries, needs.resizes, on_error, batch)
     encoded = sum(_fill_table(cache.table(table.name), table, maker, progress) for table in tables)
+    cache.manifest.encoders[kind]["asked"] = asked_by([recipe, *also])
+    cache.manifest.write(root)
     _record(root, encoder, device, encoded, maker.skipped)
     progress.say(f"{root}: {describe_rows(cache)}" + (f", {len(maker.skipped)} skipped now" if maker.skipped else ""))
     return Extraction(cache, encoded, maker.skipped)
+
+
+def _nothing_to_do(cache: Cache, kind: str, request: dict[str, Any], recipes: Sequence[Recipe]) -> bool:
+    """Whether the cache holds all that is asked; the same question as last time is answered without importing torch."""
+    before = cache.manifest.encoders.get(kind, {})
+    if before.get("request") != request or not cache.complete:
+        return False
+    if before.get("asked") == asked_by(recipes):
+        return True
+    needs = needs_of_all(recipes)
+    truths = {f"{TRUTH[resize]}/canvas" for resize in needs.resizes}
+    return truths <= set(cache.manifest.columns) and not lacks_texts(cache, needs.phrases)
 
 
 def _fill_table(table: Table, plan: TablePlan, maker: RowMaker, progress: Progress) -> int:

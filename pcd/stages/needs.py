@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pcd.fingerprint import digest
 from pcd.heads import head_options
 from pcd.recipe import Recipe, known_recipes, load_recipe
 from pcd.views import DepthResize
@@ -30,11 +32,19 @@ def needs_of(recipe: Recipe) -> Needs:
     return Needs((phrases,) if phrases else (), (recipe.views.depth_resize,))
 
 
-def needs_of_dataset(dataset: str) -> Needs:
-    """What all shipped recipes of a dataset need, so that one extraction serves their ablations."""
+def needs_of_all(recipes: Sequence[Recipe]) -> Needs:
+    """What several recipes need together."""
     needs = Needs()
-    for name in known_recipes():
-        recipe = load_recipe(name)
-        if recipe.dataset["name"] == dataset:
-            needs = needs.joined(needs_of(recipe))
+    for recipe in recipes:
+        needs = needs.joined(needs_of(recipe))
     return needs
+
+
+def asked_by(recipes: Sequence[Recipe]) -> str:
+    """A digest of everything that needs follow from, without importing a head."""
+    return digest([repr((recipe.head, recipe.views.depth_resize)) for recipe in recipes])
+
+
+def shipped_recipes(dataset: str) -> list[Recipe]:
+    """The recipes that come with pcd for a dataset: one extraction serves them all, so that ablations find what they need."""
+    return [recipe for recipe in map(load_recipe, known_recipes()) if recipe.dataset["name"] == dataset]

@@ -11,7 +11,7 @@ from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
 from pcd.stages.evaluate import Evaluation, evaluate
 from pcd.stages.extract import extract
-from pcd.stages.needs import needs_of_dataset
+from pcd.stages.needs import shipped_recipes
 from pcd.stages.runs import Run
 from pcd.stages.train import train
 
@@ -38,7 +38,7 @@ def run_recipe(
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> Outcome:
     """All stages of `recipe`; the cache goes to folder `cache`, the run to `root` or a folder named after both."""
-    extraction = extract(recipe, cache, device=device, also=needs_of_dataset(recipe.dataset["name"]), progress=progress)
+    extraction = extract(recipe, cache, device=device, also=shipped_recipes(recipe.dataset["name"]), progress=progress)
     with extraction.cache as opened:
         run = train(recipe, opened, root, device=device, progress=progress, on_epoch=on_epoch)
         split = "test" if "test" in opened.manifest.tables else "val"
