@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Fingerprint = dict[str, Any]
-"""Nested plain values (str, int, float, bool, None, list, dict) that together determine a column."""
-
 
 def canonical(value: Any) -> str:
     """One spelling of a JSON value: sorted keys, no white space, shortest floats. NaN and infinity are refused."""

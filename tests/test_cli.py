@@ -212,6 +212,22 @@ def test_a_run_is_not_scored_on_another_encoders_cache(trained: Command) -> None
     assert "weights.kind: found 'file', wanted 'random'" in err
 
 
+def test_a_run_that_never_finished_an_epoch_can_be_begun_with_other_options(extracted: Command) -> None:
+    common = ["train", "--cache", "cache/toy", "--run", "runs/one", "--set", "train.epochs=1"]
+    code, _, err = extracted(*common, "--set", "head.bins=7")  # no texts for these bins
+    assert code == 1
+    assert "lacks the text embeddings" in err
+    code, _, err = extracted(*common, "--set", "head.table_init=tokens")
+    assert code == 0, err
+
+
+def test_a_complete_run_reads_no_columns(trained: Command) -> None:
+    code, _, err = trained("train", "--cache", "cache/toy", "--run", "runs/one", *TOY)
+    assert code == 0
+    assert err.startswith("runs/one is complete: epoch 2.")
+    assert "of columns" not in err
+
+
 def test_a_run_whose_cache_has_moved_says_so(trained: Command) -> None:
     Path("cache/toy").rename("elsewhere")
     code, _, err = trained("evaluate", "--run", "runs/one")

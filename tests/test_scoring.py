@@ -17,7 +17,7 @@ from pcd.evaluation import pixels, scoring
 from pcd.evaluation.metrics import METRICS, PIXEL_METRICS, masked_metrics
 from pcd.evaluation.pixels import combine_views, native_prediction, upsample
 from pcd.evaluation.protocols import Protocol, get_protocol
-from pcd.evaluation.scoring import Scorer, validation_metrics
+from pcd.evaluation.scoring import Scorer
 from pcd.views import ViewPlan, depth_canvas
 
 RANGE = (0.2, 8.0)
@@ -228,19 +228,6 @@ def test_csv_holds_every_row(tmp_path: Path) -> None:
         assert (written["key"], written["protocol"], int(written["pixels"])) == (row["key"], row["protocol"], row["pixels"])
         assert written["tile"] == ("" if row["tile"] is None else str(row["tile"]))
         assert written["rmse"] == ("" if math.isnan(row["rmse"]) else repr(row["rmse"]))
-
-
-def test_validation_is_the_mean_of_the_scorer() -> None:
-    samples = Samples(40)
-    (protocol,) = generic("pureclip")
-    found = validation_metrics(samples.patches, samples.canvas, PLAN, protocol)
-    scorer = Scorer([protocol], PLAN)
-    scorer.add(samples.keys, samples.patches, samples.canvas)
-    assert found == pytest.approx(scorer.summary()["pureclip"]["metrics"], rel=1e-12)
-    empty = validation_metrics(samples.patches[1:2], samples.canvas[1:2], PLAN, protocol)
-    assert all(math.isnan(value) for value in empty.values())
-    with pytest.raises(UsageError, match="scored at native resolution; validate under pureclip"):
-        validation_metrics(samples.patches, samples.canvas, PLAN, generic("eigen")[0])
 
 
 def test_predictions_may_still_carry_gradients_or_be_half_precision() -> None:

@@ -14,7 +14,7 @@ from pcd.errors import CorruptError, RunError, TrainingError
 from pcd.heads.pureclip import PureClipHead, PureClipOptions
 from pcd.recipe import Supervision, TrainSection
 from pcd.training import checkpoints
-from pcd.training.loop import EpochReport, Loop
+from pcd.training.loop import EpochReport, Loop, is_finished
 from pcd.training.rows import HeldRows, StreamedRows, TrainingRows, hold_or_stream
 from pcd.training.schedule import EarlyStopping
 from pcd.training.targets import RowTargets, row_targets
@@ -159,11 +159,11 @@ def test_early_stopping_and_decay() -> None:
     assert stopping.update(2, {"rmse": 2.0, "delta1": 0.4}) == []
     assert (stopping.wait, stopping.factor) == (1, 1.0)
     assert stopping.update(3, {"rmse": float("nan"), "delta1": 0.6}) == ["delta1"]
-    factors = []
+    factors, settings = [], TrainSection(patience=6, epochs=100)
     for epoch in range(4, 10):
         stopping.update(epoch, {"rmse": 3.0, "delta1": 0.1})
         factors.append(stopping.factor)
-        assert stopping.finished == (epoch == 9)
+        assert is_finished(settings, epoch, stopping.wait) == (epoch == 9)
     assert factors == pytest.approx([1.0, 1.0, 0.775, 0.55, 0.325, 0.1])
     assert stopping.kept_epochs == {1, 3}
     other = EarlyStopping(("rmse", "delta1"), frozenset({"delta1"}), 6, 2, 0.1)
@@ -290,6 +290,7 @@ def test_two_optimisers_take_turns_like_a_plain_loop(cache: Cache, tmp_path: Pat
 
 def test_learning_rates_decay_while_nothing_improves_and_training_ends(cache: Cache, tmp_path: Path) -> None:
     loop = make_loop(cache, tmp_path, 50, lambda head: {"rmse": 1.0})
+    loop._settings = TrainSection(epochs=50, batch_size=4, monitor=("rmse",), patience=5)
     loop.stopping.patience, loop.stopping.decay_start = 5, 1
     rates: list[tuple[float, float]] = []
     loop.run(lambda report: rates.append((report.factor, loop._optimisers["embedding"].param_groups[0]["lr"])))

@@ -128,8 +128,8 @@ def print_json(value: Any) -> None:
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code: 2 what the user gave, 1 what failed."""
-    # Threads that wait must sleep, not spin: on a machine shared with other work spinning makes CPU training five times
-    # slower, on a quiet one sleeping costs about 10 %. Whoever sets the variable decides.
+    # Threads that wait must sleep, not spin: on a machine shared with other work that nearly doubles the speed of CPU training,
+    # on a quiet one it costs a sixth (benchmarks/waiting_threads.py). Whoever sets the variable decides.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     for number in (signal.SIGINT, signal.SIGTERM):

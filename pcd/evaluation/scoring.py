@@ -29,8 +29,6 @@ from pcd.files import write_text
 from pcd.regions import Region, inside
 from pcd.views import ViewPlan
 
-VALIDATION_BATCH = 16
-"""Samples scored at once in validation: 0.1 GB of float64 maps at 336x1344."""
 
 Frame = npt.NDArray[np.float32]
 _Shared = dict[Any, tuple[Tensor, Tensor]]
@@ -269,21 +267,3 @@ def _window(frame: Tensor, window: Region) -> Tensor:
 
 def _cell(value: Any) -> Any:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
-
-
-def validation_metrics(patches: Tensor, canvas_gt: Tensor, plan: ViewPlan, protocol: Protocol) -> dict[str, float]:
-    """Means of every metric of N predictions `(N, views, gh, gw)` against canvas ground truth `(N, H, W)`, in batches.
-
-    NaN throughout if nothing counted. Raises `UsageError` for a protocol that is not scored on the canvas, and as
-    `Scorer.add` does.
-    """
-    if protocol.resolution != "canvas":
-        raise UsageError(
-            f"protocol {protocol.label} is scored at native resolution; validate under pureclip or pureclip-paper."
-        )
-    scorer = Scorer([protocol], plan)
-    for start in range(0, len(patches), VALIDATION_BATCH):
-        part = slice(start, start + VALIDATION_BATCH)
-        keys = [str(number) for number in range(*part.indices(len(patches)))]
-        scorer.add(keys, patches[part], canvas_gt[part])
-    return scorer.scores[protocol.label].means()

@@ -53,7 +53,6 @@ class ShuffledTokens:
     def __init__(self, source: RowSource, seed: int = 0) -> None:
         self._source = source
         self._seed = seed
-        self._seen: list[Tensor] = []
 
     def read(self, rows: np.ndarray) -> dict[str, Tensor]:
         """The columns of some rows, tokens permuted over all rows and patches of the batch."""

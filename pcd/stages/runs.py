@@ -20,6 +20,7 @@ from pcd.heads import head_options
 from pcd.heads.base import Head
 from pcd.recipe import Recipe, load_recipe
 from pcd.training import checkpoints
+from pcd.training.loop import is_finished
 from pcd.views import ViewPlan
 
 RUN_FILE = "run.json"
@@ -70,6 +71,12 @@ class Run:
         """What each epoch did."""
         history: list[dict[str, Any]] = checkpoints.read_state(self.checkpoints / checkpoints.LAST)["history"]
         return history
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its epochs or its patience have run out: answered from the last checkpoint's header."""
+        state = checkpoints.read_state(self.checkpoints / checkpoints.LAST)
+        return is_finished(self.recipe.train, state["epoch"], state["stopping"]["wait"])
 
     def new_head(self) -> Head:
         """The head of the recipe with fresh weights, drawn from the recipe's seed."""
@@ -152,12 +159,12 @@ def default_run_folder(cache: Cache, recipe: Recipe) -> Path:
 
 
 def create_or_continue(root: Path, recipe: Recipe, cache: Cache) -> tuple[Run, bool]:
-    """The run in `root`, made now or found there; True if it was found.
+    """The run in `root`, made now or found there; True if it was found. One without a finished epoch is made anew.
 
     Raises `RunError` naming the keys if the run that is there has another recipe, `FingerprintError` if its cache changed.
     """
     fresh = Run(root, recipe, describe_run(recipe, cache))
-    if not (root / RUN_FILE).is_file():
+    if not (root / RUN_FILE).is_file() or not (fresh.checkpoints / checkpoints.LAST).is_file():
         write_text(root / RECIPE_FILE, recipe.as_toml())
         write_json(root / RUN_FILE, fresh.info)
         return fresh, False

@@ -54,6 +54,9 @@ def train(
     if resume and not (root / "run.json").is_file():
         raise RunError(f"--resume: {root} holds no run to continue.")
     run, found = create_or_continue(root, recipe, cache)
+    if found and run.is_finished:
+        progress.say(f"{root} is complete: epoch {len(run.history)}.")
+        return run
     learn, check = cache.table("train"), cache.table("val")
     head, rows = run.new_head().to(where), TrainingRows(learn, recipe.train)
     _attach(rows, learn, run, through(_source(learn, rows.rows, run, where, progress)), where)
@@ -61,14 +64,10 @@ def train(
     validate = _validation(run, check, through(_source(check, held_out, run, where, progress)))
     loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, validate, run.checkpoints)
     if loop.resume():
-        progress.say(
-            f"{root}: continuing after epoch {loop.epoch}" if not loop.finished else f"{root} is complete: epoch {loop.epoch}."
-        )
+        progress.say(f"{root}: continuing after epoch {loop.epoch}")
     else:
         head.initialise(_Context(cache, rows))
-        progress.say(
-            f"{root}: {'starting again' if found else 'a new run'}; {len(rows.rows)} rows, {rows.steps()} steps an epoch"
-        )
+        progress.say(f"{root}: a new run; {len(rows.rows)} rows, {rows.steps()} steps an epoch")
     progress.start("training", recipe.train.epochs, "epochs", done=loop.epoch)
 
     def after_epoch(report: EpochReport) -> None:

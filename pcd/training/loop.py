@@ -74,7 +74,7 @@ class Loop:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.epoch >= self._settings.epochs or self.stopping.finished
+        return is_finished(self._settings, self.epoch, self.stopping.wait)
 
     def resume(self) -> bool:
         """Go back to the last checkpoint; False if there is none."""
@@ -176,6 +176,11 @@ class Loop:
         moments = checkpoints.optimiser_tensors(self._phases, self._optimisers)
         checkpoints.save(self._folder / checkpoints.LAST, {**weights, **moments}, state)
         checkpoints.prune(self._folder, self.stopping.kept_epochs)
+
+
+def is_finished(settings: TrainSection, epoch: int, wait: int) -> bool:
+    """Whether training ends after `epoch` epochs, the last `wait` of them without improvement."""
+    return epoch >= settings.epochs or wait >= settings.patience
 
 
 def _optimiser(phase: Phase) -> torch.optim.Optimizer:

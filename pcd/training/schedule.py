@@ -56,11 +56,6 @@ class EarlyStopping:
         return 1.0 - (1.0 - self.floor) * min((self.wait - self.decay_start) / span, 1.0)
 
     @property
-    def finished(self) -> bool:
-        """Whether patience has run out."""
-        return self.wait >= self.patience
-
-    @property
     def kept_epochs(self) -> set[int]:
         """Epochs that are the best of at least one metric."""
         return {best.epoch for best in self.best.values()}
