@@ -29,7 +29,6 @@ from pcd.files import write_text
 from pcd.regions import Region, inside
 from pcd.views import ViewPlan
 
-
 Frame = npt.NDArray[np.float32]
 _Shared = dict[Any, tuple[Tensor, Tensor]]
 """Prediction and ground truth `(B, h, w)` by what determines them."""
