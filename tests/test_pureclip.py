@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pcd.errors import RecipeError, TrainingError
 from pcd.heads.base import Batch, PatchTargets
+from pcd.heads.bins import Distribution
 from pcd.heads.pureclip import PureClipHead, PureClipOptions
 
 D, P, B, GRID = 6, 4, 3, (2, 2)
@@ -227,3 +228,25 @@ def test_impossible_heads_are_named() -> None:
         make_head(max_depth=1e-4)
     with pytest.raises(RecipeError, match="patches are 6 wide"):
         PureClipHead(PureClipOptions(min_depth=0.0, max_depth=1.0), {"clip/patch": (4, 6), "clip/cls": (5,)}, GRID)
+
+
+def test_distribution_is_the_depth_with_its_uncertainty() -> None:
+    head = make_head()
+    columns = make_columns()
+    found = head.distribution(columns)
+    assert torch.equal(found.mean, head.depth(columns))
+    p, c = found.probabilities.detach().double(), found.centres.double()
+    mean = sum(p[..., k] * c[k] for k in range(len(c)))
+    square = sum(p[..., k] * c[k] ** 2 for k in range(len(c)))
+    torch.testing.assert_close(found.std.detach().double(), (square - mean**2).sqrt(), rtol=1e-4, atol=1e-4)
+    entropy = -sum(p[..., k] * p[..., k].log2() for k in range(len(c))) / torch.tensor(float(len(c))).log2()
+    torch.testing.assert_close(found.entropy.detach().double(), entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_of_the_certain_and_the_clueless() -> None:
+    bins = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    certain = Distribution(torch.tensor([[[0.0, 1.0, 0.0, 0.0]]]), bins)
+    clueless = Distribution(torch.full((1, 1, 4), 0.25), bins)
+    assert (certain.mean.item(), certain.std.item(), certain.entropy.item()) == (2.0, 0.0, 0.0)
+    assert clueless.entropy.item() == 1.0
+    assert clueless.std.item() == pytest.approx(1.25**0.5)

@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from pcd.heads.bins import Distribution
+
 
 class HeadOptions(BaseModel):
     """Keys of the `[head]` table that every head understands; a head adds its own."""
@@ -104,6 +106,13 @@ class Head(nn.Module):
     def depth(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Depth in metres per patch `(B, P)`."""
         raise NotImplementedError
+
+    def distribution(self, columns: Mapping[str, Tensor]) -> Distribution | None:
+        """What the head believes about each patch, for a head that works with depth bins; its mean is `depth`.
+
+        None by default: such a head says nothing about its uncertainty.
+        """
+        return None
 
     def forward(self, columns: Mapping[str, Tensor]) -> Tensor:
         """The same as `depth`."""

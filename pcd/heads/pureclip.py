@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pcd.errors import RecipeError, TrainingError
 from pcd.heads.base import Batch, Context, Head, HeadOptions, Phase, gather_valid
-from pcd.heads.bins import DepthBins
+from pcd.heads.bins import DepthBins, Distribution
 from pcd.losses import alignment_loss, info_nce_loss, pixel_rmse
 from pcd.recipe import Positive, Section
 
@@ -194,10 +194,14 @@ class PureClipHead(Head):
 
     def depth(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Metres `(B, P)` of all patches."""
+        return self.distribution(columns).mean
+
+    def distribution(self, columns: Mapping[str, Tensor]) -> Distribution:
+        """Equations 3 and 4 for all patches: `(B, P, K)`."""
         patch = columns[self.options.patch_column]
         everywhere = torch.ones(patch.shape[:2], dtype=torch.bool, device=patch.device)
         fused, _ = self._embed_where(columns, everywhere)
-        return self.expected_depth(fused).reshape(patch.shape[:2])
+        return Distribution(self.probabilities(fused).unflatten(0, patch.shape[:2]), self.centres)
 
     def losses(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Equation 11 in phase `embedding`, equation 15 in phase `depth`, over the patches that count."""
