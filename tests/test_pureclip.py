@@ -236,11 +236,11 @@ def test_distribution_is_the_depth_with_its_uncertainty() -> None:
     found = head.distribution(columns)
     assert torch.equal(found.mean, head.depth(columns))
     p, c = found.probabilities.detach().double(), found.centres.double()
-    mean = sum(p[..., k] * c[k] for k in range(len(c)))
-    square = sum(p[..., k] * c[k] ** 2 for k in range(len(c)))
+    mean = torch.stack([p[..., k] * c[k] for k in range(len(c))]).sum(dim=0)
+    square = torch.stack([p[..., k] * c[k] ** 2 for k in range(len(c))]).sum(dim=0)
     torch.testing.assert_close(found.std.detach().double(), (square - mean**2).sqrt(), rtol=1e-4, atol=1e-4)
-    entropy = -sum(p[..., k] * p[..., k].log2() for k in range(len(c))) / torch.tensor(float(len(c))).log2()
-    torch.testing.assert_close(found.entropy.detach().double(), entropy, rtol=1e-5, atol=1e-6)
+    bits = -torch.stack([p[..., k] * p[..., k].log2() for k in range(len(c))]).sum(dim=0)
+    torch.testing.assert_close(found.entropy.detach().double(), bits / math.log2(len(c)), rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_of_the_certain_and_the_clueless() -> None:

@@ -57,5 +57,5 @@ class Distribution:
     @property
     def entropy(self) -> Tensor:
         """Entropy `(B, P)` as a share of the largest possible one: 0 for a single bin, 1 if all are equally likely."""
-        entropy = torch.special.entr(self.probabilities).sum(dim=-1)
-        return entropy / math.log(self.probabilities.shape[-1])
+        nats: Tensor = torch.special.entr(self.probabilities).sum(dim=-1)
+        return nats / math.log(self.probabilities.shape[-1])

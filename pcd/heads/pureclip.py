@@ -201,7 +201,7 @@ class PureClipHead(Head):
         patch = columns[self.options.patch_column]
         everywhere = torch.ones(patch.shape[:2], dtype=torch.bool, device=patch.device)
         fused, _ = self._embed_where(columns, everywhere)
-        return Distribution(self.probabilities(fused).unflatten(0, patch.shape[:2]), self.centres)
+        return Distribution(self.probabilities(fused).reshape(*patch.shape[:2], -1), self.centres)
 
     def losses(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Equation 11 in phase `embedding`, equation 15 in phase `depth`, over the patches that count."""
