@@ -30,6 +30,7 @@ from pcd.stages.checks import (
     refuse_other_samples,
     refuse_small_disk,
 )
+from pcd.stages.frames import PROVENANCE, located
 from pcd.stages.needs import asked_by, needs_of_all
 from pcd.stages.pipeline import Behind
 from pcd.stages.plan import TablePlan, plan_columns, plan_manifest, plan_tables, view_plan
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from pcd.stages.rows import Arrays, OnError, RowMaker
 
 BATCH_VIEWS = {"cuda": 64, "mps": 16, "cpu": 4}
-PROVENANCE = "provenance.jsonl"
 
 
 @dataclass
@@ -117,7 +117,7 @@ def _extract(
     encoded = sum(_fill_table(cache.table(table.name), table, maker, progress) for table in tables)
     cache.manifest.encoders[kind]["asked"] = asked_by([recipe, *also])
     cache.manifest.write(root)
-    _record(root, encoder, device, encoded, maker.skipped)
+    _record(root, recipe, encoder, device, encoded, maker.skipped)
     progress.say(f"{root}: {describe_rows(cache)}" + (f", {len(maker.skipped)} skipped now" if maker.skipped else ""))
     return Extraction(cache, encoded, maker.skipped)
 
@@ -188,7 +188,7 @@ def _device_kind(device: str) -> str:
     return resolve_device(device).split(":")[0]
 
 
-def _record(root: Path, encoder: Encoder, device: str, encoded: int, skipped: dict[str, str]) -> None:
+def _record(root: Path, recipe: Recipe, encoder: Encoder, device: str, encoded: int, skipped: dict[str, str]) -> None:
     """When, by what and on what; kept apart from the manifest so that equal caches are equal bytes."""
     import torch
 
@@ -197,6 +197,7 @@ def _record(root: Path, encoder: Encoder, device: str, encoded: int, skipped: di
         "pcd": pcd.__version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if _device_kind(device) == "cuda" else f"cpu ({os.cpu_count()} cores)",
+        "dataset": located(recipe.dataset),
         "encoder": encoder.fingerprint(),
         "encoded": encoded,
         "skipped": skipped,

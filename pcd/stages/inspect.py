@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from pcd.cache import Cache, commits
-from pcd.stages.extract import PROVENANCE, describe_rows
+from pcd.stages.extract import describe_rows
+from pcd.stages.frames import PROVENANCE
 from pcd.stages.runs import labels
 
 
