@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
@@ -17,7 +18,9 @@ from pcd.evaluation import pixels, scoring
 from pcd.evaluation.metrics import METRICS, PIXEL_METRICS, masked_metrics
 from pcd.evaluation.pixels import combine_views, native_prediction, upsample
 from pcd.evaluation.protocols import Protocol, get_protocol
+from pcd.evaluation.scores import COLUMNS
 from pcd.evaluation.scoring import Scorer
+from pcd.evaluation.tables import write_csv, write_parquet
 from pcd.views import ViewPlan, depth_canvas
 
 RANGE = (0.2, 8.0)
@@ -219,7 +222,7 @@ def test_boundary_f1_where_asked_for() -> None:
 def test_csv_holds_every_row(tmp_path: Path) -> None:
     samples = Samples(3)
     scorer = samples.add_to(Scorer([*generic("eigen"), TILED], PLAN))
-    scorer.write_csv(tmp_path / "run" / "samples.csv")
+    write_csv(tmp_path / "run" / "samples.csv", scorer.rows, COLUMNS)
     with (tmp_path / "run" / "samples.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 + 12
@@ -228,6 +231,18 @@ def test_csv_holds_every_row(tmp_path: Path) -> None:
         assert (written["key"], written["protocol"], int(written["pixels"])) == (row["key"], row["protocol"], row["pixels"])
         assert written["tile"] == ("" if row["tile"] is None else str(row["tile"]))
         assert written["rmse"] == ("" if math.isnan(row["rmse"]) else repr(row["rmse"]))
+
+
+def test_parquet_holds_the_same_with_nulls_and_units(tmp_path: Path) -> None:
+    samples = Samples(3)
+    scorer = samples.add_to(Scorer([*generic("eigen"), TILED], PLAN))
+    write_parquet(tmp_path / "samples.parquet", scorer.rows, COLUMNS)
+    table = parquet.read_table(tmp_path / "samples.parquet")
+    assert table.column_names == ["key", "protocol", "tile", "pixels", *PIXEL_METRICS]
+    assert table.schema.field("rmse").metadata[b"unit"] == b"m"
+    for written, row in zip(table.to_pylist(), scorer.rows, strict=True):
+        assert written == {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+    assert table.column("rmse").null_count > 0
 
 
 def test_predictions_may_still_carry_gradients_or_be_half_precision() -> None:

@@ -82,7 +82,7 @@ def test_a_training_frame_is_predicted_as_it_is_scored(real_run: Path, shared_da
     table = cache.table("test")
     head, _ = run.load_head("abs_rel", torch.device("cpu"))
     source = StreamedRows(table, ("clip/patch", "clip/cls"), torch.device("cpu"))
-    patches = combine_views(head_predictor(head, table, source, run.grid)(np.array([0])), table.plan)
+    patches = combine_views(head_predictor(head, table, source, run.grid)(np.array([0])).depth, table.plan)
     expected = native_prediction(patches, table.plan, (480, 640), "bilinear", "edge")[0].numpy()
     image = cv2.imread(str(shared_data / "official/nyu/basement_0001a_out/rgb_00100.jpg"))
     assert image is not None

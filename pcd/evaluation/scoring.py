@@ -6,11 +6,7 @@ from these. Protocols that look at the same pixels share the upsampled predictio
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +20,15 @@ from pcd.evaluation.boundary import boundary_f1
 from pcd.evaluation.metrics import Floats, binned_sums, gathered_sums, masked_sums
 from pcd.evaluation.pixels import canvas_prediction, combine_views, native_prediction, on_cpu
 from pcd.evaluation.protocol import Protocol
-from pcd.evaluation.scores import COLUMNS, Scores, depth_edges
-from pcd.files import write_text
+from pcd.evaluation.scores import Scores, depth_edges
 from pcd.regions import Region, inside
 from pcd.views import ViewPlan
 
 Frame = npt.NDArray[np.float32]
 _Shared = dict[Any, tuple[Tensor, Tensor]]
 """Prediction and ground truth `(B, h, w)` by what determines them."""
+Watch = Callable[[str, Floats, Floats], None]
+"""Told the key of an image (or of the image a tile is of), its pixels as predicted and as they are: float64 metres `(n,)`."""
 
 
 def counted(protocol: Protocol, gt: Any) -> Any:
@@ -91,17 +88,27 @@ class Scorer:
     """Gathers the scores of predictions under several protocols.
 
     `depth_bins` (0 for none) asks for `Scores.depth_table`; `boundary` for boundary F1 under the protocols at native
-    resolution, which is meant for dense ground truth and takes several times as long as everything else. Raises `UsageError`
-    for protocols that cannot be applied to the view plan, and for two of one label.
+    resolution, which is meant for dense ground truth and takes several times as long as everything else; `watch` is shown the
+    pixels that count under the first protocol. Raises `UsageError` for protocols that cannot be applied to the view plan, and
+    for two of one label.
     """
 
-    def __init__(self, protocols: Sequence[Protocol], plan: ViewPlan, *, depth_bins: int = 0, boundary: bool = False) -> None:
+    def __init__(
+        self,
+        protocols: Sequence[Protocol],
+        plan: ViewPlan,
+        *,
+        depth_bins: int = 0,
+        boundary: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
         self.protocols = tuple(protocols)
         self.plan = plan
         self.scores: dict[str, Scores] = {protocol.label: Scores(protocol) for protocol in self.protocols}
         """By protocol label."""
         self._depth_bins = depth_bins
         self._boundary = boundary
+        self._watch = watch
         if len(self.scores) != len(self.protocols):
             raise UsageError(f"a protocol is named twice: {', '.join(p.label for p in self.protocols)}.")
         for protocol in self.protocols:
@@ -214,9 +221,12 @@ class Scorer:
         scores = Scores(protocol, keys, list(tiles))
         edges = depth_edges(protocol, self._depth_bins) if self._depth_bins else None
         boundary = self._boundary and protocol.resolution == "native"
+        watch = self._watch if protocol is self.protocols[0] else None
         if on_cpu(pred):
-            for p, g in zip(pred.numpy(), gt.numpy(), strict=True):
+            for key, p, g in zip(keys, pred.numpy(), gt.numpy(), strict=True):
                 pair = _gathered(protocol, p, g)
+                if watch is not None:
+                    watch(key, *pair)
                 bins = None if edges is None else binned_sums(*pair, edges)
                 scores.sums.append(gathered_sums(*pair) if bins is None else bins.sum(axis=0))
                 scores.add_bins(bins)
@@ -226,6 +236,9 @@ class Scorer:
             return scores
         final, mask = _on_maps(protocol, pred, gt)
         scores.sums += list(masked_sums(final, gt, mask).cpu().numpy())
+        if watch is not None:
+            for key, p, g, m in zip(keys, final, gt, mask, strict=True):
+                watch(key, p[m].double().cpu().numpy(), g[m].double().cpu().numpy())
         if edges is not None:
             scores.add_bins(binned_sums(final[mask].cpu().numpy(), gt[mask].double().cpu().numpy(), edges))
         if boundary:
@@ -245,24 +258,9 @@ class Scorer:
         """By protocol label: `metrics`, `images`, `excluded` and more; see `Scores.summary`."""
         return {label: scores.summary() for label, scores in self.scores.items()}
 
-    def write_csv(self, path: Path) -> None:
-        """Write the per-sample table as CSV; what does not exist (NaN, the tile of a whole image) is left empty."""
-        rows = self.rows
-        used = set().union(*rows)
-        columns = [name for name in COLUMNS if not rows or name in used]
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
-        write_text(path, text.getvalue())
-
 
 def _window(frame: Tensor, window: Region) -> Tensor:
     """A region of a frame `(h, w)` as a contiguous batch of one."""
     top, bottom, left, right = window
     part = frame[None, top:bottom, left:right]
     return torch.from_numpy(np.ascontiguousarray(part.numpy())) if on_cpu(part) else part.contiguous()
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

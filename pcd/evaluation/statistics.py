@@ -61,7 +61,7 @@ def _chunks(resamples: int, width: int) -> Iterator[int]:
         yield min(step, resamples - start)
 
 
-def _resampled(groups: int, resamples: int, seed: int) -> Iterator[Floats]:
+def resampled(groups: int, resamples: int, seed: int) -> Iterator[Floats]:
     """How often each group is drawn, `(chunk, groups)` at a time: each row is one bootstrap sample with replacement."""
     generator = np.random.default_rng(seed)
     for rows in _chunks(resamples, groups):
@@ -119,7 +119,7 @@ def intervals(
     sums, counts = sums[used], counts[used]
     if not len(sums):
         return {name: Interval(np.nan, np.nan, np.nan, 0) for name in columns}
-    means = np.concatenate([_ratio(draw @ sums, draw @ counts) for draw in _resampled(len(sums), resamples, seed)])
+    means = np.concatenate([_ratio(draw @ sums, draw @ counts) for draw in resampled(len(sums), resamples, seed)])
     low, high = _limits(means, level)
     centre = _ratio(sums.sum(axis=0), counts.sum(axis=0))
     number = (counts > 0).sum(axis=0)
@@ -142,7 +142,7 @@ def pooled_intervals(
     centre = {name: float(value) for name, value in metrics_from_sums(torch.from_numpy(table.sum(axis=0))).items()}
     if not len(table):
         return {name: Interval(np.nan, np.nan, np.nan, 0) for name in centre}
-    drawn = np.concatenate([draw @ table for draw in _resampled(len(table), resamples, seed)])
+    drawn = np.concatenate([draw @ table for draw in resampled(len(table), resamples, seed)])
     samples = {name: value.numpy() for name, value in metrics_from_sums(torch.from_numpy(drawn)).items()}
     low, high = _limits(np.stack(list(samples.values()), axis=1), level)
     return {name: Interval(centre[name], float(low[at]), float(high[at]), len(table)) for at, name in enumerate(samples)}

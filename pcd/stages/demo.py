@@ -115,7 +115,7 @@ def draw(path: Path, table: Table, dataset: Dataset, predict: Predict, run: Run)
     """Evenly spaced test samples: image, ground truth, prediction, one scale in metres."""
     usable = table.usable()
     samples = usable[np.linspace(0, len(usable) - 1, min(SHOWN, len(usable))).round().astype(int)]
-    patches = combine_views(predict(samples), table.plan, tta=table.plan.flips)
+    patches = combine_views(predict(samples).depth, table.plan, tta=table.plan.flips)
     rows = []
     for number, truth, patch in zip(samples, native_truth(table, samples), patches, strict=True):
         depth = native_prediction(patch[None], table.plan, (truth.shape[0], truth.shape[1]), "bilinear", "edge")[0]

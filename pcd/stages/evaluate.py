@@ -12,10 +12,15 @@ import torch
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
 from pcd.errors import CacheError, UsageError
+from pcd.evaluation.analysis import Analysis
+from pcd.evaluation.metrics import METRICS
 from pcd.evaluation.protocol import Upsample
 from pcd.evaluation.protocols import Protocol, get_protocol
+from pcd.evaluation.scores import COLUMNS
 from pcd.evaluation.scoring import Scorer
-from pcd.files import write_json
+from pcd.evaluation.tables import write_csv, write_parquet
+from pcd.files import plain, write_json
+from pcd.fingerprint import file_digest
 from pcd.progress import SILENT, Progress
 from pcd.stages.inference import head_predictor, score
 from pcd.stages.runs import Run
@@ -23,6 +28,9 @@ from pcd.training.rows import StreamedRows
 from pcd.views import TRUTH
 
 EVALUATIONS = "evaluations"
+METRICS_FILE, ANALYSIS_FILE = "metrics.json", "analysis.json"
+DEPTH_BINS = 10
+DEPTH_COLUMNS = ("protocol", "low", "high", "pixels", *METRICS)
 EACH = "each"
 """Checkpoint choice: every metric from the epoch that was best for it in validation, as the paper reports."""
 
@@ -64,9 +72,9 @@ def evaluate(
     chosen = choose_protocols(run, cache, protocols, tta, upsample)
     where = torch.device(resolve_device(device))
     if checkpoint == EACH:
-        result = _score_each(run, table, chosen, where, progress)
+        result, files = _score_each(run, table, chosen, where, progress), None
     else:
-        result, scorer = _score_one(run, table, chosen, checkpoint, where, progress)
+        result, files = _score_one(run, table, chosen, checkpoint, where, progress)
     document = {
         "run": str(run.root),
         "cache": str(cache.root),
@@ -77,10 +85,26 @@ def evaluate(
         **result,
     }
     folder = run.root / EVALUATIONS / f"{split}-{checkpoint}"
-    write_json(folder / "metrics.json", document)
-    if checkpoint != EACH:
-        scorer.write_csv(folder / "samples.csv")
+    if files is not None:
+        files.write(folder)
+    write_json(folder / METRICS_FILE, document)
     return Evaluation(folder, document)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What an evaluation of one checkpoint leaves beside its metrics."""
+
+    scorer: Scorer
+    analysis: Analysis
+
+    def write(self, folder: Path) -> None:
+        """Scores by sample (CSV and Parquet), by true depth (CSV), and the analysis."""
+        write_csv(folder / "samples.csv", self.scorer.rows, COLUMNS)
+        write_parquet(folder / "samples.parquet", self.scorer.rows, COLUMNS)
+        by_depth = [{"protocol": label, **row} for label, scores in self.scorer.scores.items() for row in scores.depth_table()]
+        write_csv(folder / "depths.csv", by_depth, DEPTH_COLUMNS)
+        write_json(folder / ANALYSIS_FILE, plain(self.analysis.as_json()))
 
 
 def choose_protocols(
@@ -114,17 +138,35 @@ def _require(cache: Cache, split: str) -> Table:
 
 def _score_one(
     run: Run, table: Table, protocols: list[Protocol], checkpoint: str, device: torch.device, progress: Progress
-) -> tuple[dict[str, Any], Scorer]:
+) -> tuple[dict[str, Any], _Files]:
     head, epoch = run.load_head(checkpoint, device)
-    scorer = Scorer(protocols, table.plan)
+    analysis = Analysis(protocols[0])
+    scorer = Scorer(protocols, table.plan, depth_bins=DEPTH_BINS, watch=analysis.pixels)
     source = StreamedRows(table, head.reads(head.options), device)
     progress.start(f"{table.name}: scoring epoch {epoch}", len(table.usable()), "samples")
     group = TRUTH[run.recipe.views.depth_resize]
-    score(head_predictor(head, table, source, run.grid), table, scorer, group, progress.advance)
+    predict = head_predictor(head, table, source, run.grid, uncertainty=True)
+    score(predict, table, scorer, group, progress.advance, analysis)
     progress.stop()
-    summary = scorer.summary()
-    scores = {p.label: {"protocol": p.as_json(), "description": p.describe(), **summary[p.label]} for p in protocols}
-    return {"checkpoint": checkpoint, "epoch": epoch, "protocols": scores}, scorer
+    scores = {protocol.label: _document(protocol, scorer) for protocol in protocols}
+    weights = file_digest(run.checkpoint_file(checkpoint)[0])
+    return {"checkpoint": checkpoint, "epoch": epoch, "weights": weights, "protocols": scores}, _Files(scorer, analysis)
+
+
+def _document(protocol: Protocol, scorer: Scorer) -> dict[str, Any]:
+    """The scores under one protocol with their 95 % bootstrap limits over images, the protocol as data and in words."""
+    scores = scorer.scores[protocol.label]
+    limits = {name: [found.low, found.high] for name, found in scores.intervals().items()}
+    found: dict[str, Any] = plain(
+        {
+            "protocol": protocol.as_json(),
+            "description": protocol.describe(),
+            **scores.summary(),
+            "intervals": limits,
+            "by_depth": scores.depth_table(),
+        }
+    )
+    return found
 
 
 def _score_each(run: Run, table: Table, protocols: list[Protocol], device: torch.device, progress: Progress) -> dict[str, Any]:
@@ -136,6 +178,8 @@ def _score_each(run: Run, table: Table, protocols: list[Protocol], device: torch
             by_epoch[epoch] = _score_one(run, table, protocols, metric, device, progress)[0]["protocols"]
     scores = {}
     for protocol in protocols:
-        chosen = {m: by_epoch[e][protocol.label]["metrics"][m] for m, e in best.items()}
-        scores[protocol.label] = {**next(iter(by_epoch.values()))[protocol.label], "metrics": chosen}
+        found = {m: by_epoch[e][protocol.label] for m, e in best.items()}
+        shared = {k: v for k, v in next(iter(found.values())).items() if k != "by_depth"}
+        chosen = {kind: {m: scores_of[kind][m] for m, scores_of in found.items()} for kind in ("metrics", "intervals")}
+        scores[protocol.label] = {**shared, **chosen}
     return {"checkpoint": EACH, "epoch": best, "protocols": scores}
