@@ -1,6 +1,7 @@
 # make install   the environment in .venv, with the locked versions
 # make demo      synthetic scenes through extract, train, evaluate, to a picture (under 3 minutes on 2 cores)
 # make test      every check: ruff, mypy, pytest, the README's commands
+# make browser   a Chromium for the tests of HTML, if there is none (PCD_BROWSER=PROGRAM names one); part of make test
 #
 # On Linux the registry's torch brings CUDA along. Without a GPU, save the gigabytes:
 #   make install TORCH_INDEX=<address of PyTorch's CPU wheels, see pytorch.org>
@@ -9,8 +10,11 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
+BROWSER := $(VENV)/bin/python -m tests.browser
+APT_BROWSER = test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+  apt-get -qq -y -o Dpkg::Use-Pty=0 install --no-install-recommends chromium fonts-dejavu-core >/dev/null
 
-.PHONY: install demo test lint types unit readme clean
+.PHONY: install demo test lint types unit readme browser clean
 
 install: $(STAMP)
 
@@ -33,11 +37,17 @@ lint: install
 types: install
 	$(VENV)/bin/mypy
 
-unit: install
+unit: install browser
 	$(VENV)/bin/pytest --cov=pcd --cov-report=term --cov-fail-under=90
 
 readme: install
 	$(VENV)/bin/python tests/run_readme.py README.md
+
+# Debian's package brings the libraries along; Playwright's download is for those who may not install packages.
+browser: install
+	@$(BROWSER) || { test -z "$$PCD_BROWSER" && { $(APT_BROWSER) || $(VENV)/bin/playwright install chromium; } && $(BROWSER); } \
+	  || { echo "make browser: no browser that starts, and neither apt-get (as root) nor 'playwright install chromium' gave one." \
+	    "Install Chromium or Chrome, or set PCD_BROWSER=PROGRAM: the tests of HTML need it." >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pcd.evaluation.analysis import BINS, FINE, Analysis, PatchBeliefs, choose_samples
+from pcd.evaluation.analysis import BINS, CELLS, FINE, Analysis, PatchBeliefs, choose_samples
 from pcd.evaluation.protocols import get_protocol
 from pcd.evaluation.ranks import ranks, sparsification, spearman
 
@@ -30,11 +30,11 @@ def test_joint_distribution_and_moments_by_depth_in_plain_loops() -> None:
         analysis.pixels(key, pred[:150], gt[:150])  # as tiles come: one key, several times
         analysis.pixels(key, pred[150:], gt[150:])
     found = analysis.as_json()
-    joint = [[0] * (BINS * FINE) for _ in range(BINS * FINE)]
+    joint = [[0] * (CELLS) for _ in range(CELLS)]
     errors: dict[int, list[float]] = {}
     for pred, gt in images.values():
         for p, g in zip(pred.tolist(), gt.tolist(), strict=True):
-            cells = [min(int((value - 1) * FINE), BINS * FINE - 1) for value in (g, p)]
+            cells = [min(int((value - 1) * FINE), CELLS - 1) for value in (g, p)]
             joint[cells[0]][cells[1]] += 1
             errors.setdefault(min(int(g - 1), BINS - 1), []).append(p - g)
     assert found["joint"] == joint
@@ -49,13 +49,27 @@ def test_joint_distribution_and_moments_by_depth_in_plain_loops() -> None:
         assert row["std_low"] <= row["std"] * 1.001
 
 
+def test_bins_narrow_until_a_small_range_of_depths_fills_enough_of_them() -> None:
+    gt = generator().uniform(2, 4, 5000)  # two of the widest bins, four of half the width, eight of a quarter
+    analysis = Analysis(PROTOCOL)
+    analysis.pixels("a", gt + 0.5, gt)
+    rows = analysis.as_json()["by_depth"]
+    filled = [row for row in rows if row["pixels"]]
+    assert len(rows) == 4 * BINS
+    assert len(filled) == 8
+    assert sum(row["pixels"] for row in rows) == 5000
+    assert all(row["bias"] == pytest.approx(0.5) and row["std"] == pytest.approx(0, abs=1e-6) for row in filled)
+
+
 def test_bins_without_pixels_are_null_not_zero() -> None:
     analysis = Analysis(PROTOCOL)
     analysis.pixels("a", np.array([2.0]), np.array([2.5]))
     rows = analysis.as_json()["by_depth"]
-    assert rows[1]["bias"] == -0.5
-    assert rows[1]["images"] == 1
-    assert all(row["pixels"] == 0 and row["bias"] is None and row["rmse"] is None for at, row in enumerate(rows) if at != 1)
+    at = next(number for number, row in enumerate(rows) if row["low"] <= 2.5 < row["high"])
+    assert rows[at]["bias"] == -0.5
+    assert rows[at]["images"] == 1
+    others = rows[:at] + rows[at + 1 :]
+    assert all(row["pixels"] == 0 and row["bias"] is None and row["rmse"] is None for row in others)
     assert Analysis(PROTOCOL).as_json()["by_depth"][0]["pixels"] == 0
 
 

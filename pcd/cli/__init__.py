@@ -1,6 +1,18 @@
 """The command line: one module per command."""
 
-from pcd.cli import cache, demo, doctor, evaluate, extract, predict, protocols, run, train
+from pcd.cli import cache, demo, doctor, evaluate, extract, predict, protocols, report, run, train
 from pcd.cli.app import main
 
-__all__ = ["cache", "demo", "doctor", "evaluate", "extract", "main", "predict", "protocols", "run", "train"]
+__all__ = [
+    "cache",
+    "demo",
+    "doctor",
+    "evaluate",
+    "extract",
+    "main",
+    "predict",
+    "protocols",
+    "report",
+    "run",
+    "train",
+]

@@ -19,9 +19,13 @@ from pcd.evaluation.statistics import resampled
 
 Floats = npt.NDArray[np.float64]
 BINS = 15
-"""Depth bins of the curves: the paper's number."""
+"""Depth bins of the curves: the paper's number, halved in width until `ENOUGH` of them hold pixels."""
 FINE = 8
-"""Cells of the joint distribution along each bin."""
+"""Cells of the joint distribution along each of these bins, and how often they can be split."""
+CELLS = BINS * FINE
+ENOUGH = 8
+RARE = 5e-4
+"""A bin with a smaller share of the pixels does not count as holding any."""
 GROUPS = 10
 """Groups of equally many patches by uncertainty."""
 RESAMPLES = 2_000
@@ -42,25 +46,26 @@ class Analysis:
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
-        self._edges = np.linspace(protocol.min_depth, protocol.max_depth, BINS * FINE + 1)
-        self._joint = np.zeros((BINS * FINE, BINS * FINE), dtype=np.int64)
+        self._edges = np.linspace(protocol.min_depth, protocol.max_depth, CELLS + 1)
+        self._joint = np.zeros((CELLS, CELLS), dtype=np.int64)
         self._sums: dict[str, Floats] = {}
         self._patches: list[npt.NDArray[np.float32]] = []
 
     def pixels(self, key: str, pred: Floats, gt: Floats) -> None:
         """Pixels of an image `(n,)` in metres, as they are compared."""
         truth, found = self._cell(gt), self._cell(pred)
-        cells = BINS * FINE
-        self._joint += np.bincount(truth * cells + found, minlength=cells * cells).reshape(cells, cells)
-        error, index = pred - gt, truth // FINE
+        self._joint += np.bincount(truth * CELLS + found, minlength=CELLS * CELLS).reshape(CELLS, CELLS)
+        error = pred - gt
         terms = (None, error, error * error, np.abs(error) / gt)
-        sums: Floats = np.stack([np.bincount(index, weights=term, minlength=BINS) for term in terms], axis=1).astype(np.float64)
+        sums: Floats = np.stack([np.bincount(truth, weights=term, minlength=CELLS) for term in terms], axis=1).astype(
+            np.float64
+        )
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def _cell(self, depth: Floats) -> npt.NDArray[np.int64]:
         """Cells of the joint distribution; what an unclamped protocol lets lie beyond the range goes to the outer ones."""
         low, high = self._edges[0], self._edges[-1]
-        cell: npt.NDArray[np.int64] = ((depth - low) / (high - low) * (BINS * FINE)).clip(0, BINS * FINE - 1).astype(np.int64)
+        cell: npt.NDArray[np.int64] = ((depth - low) / (high - low) * CELLS).clip(0, CELLS - 1).astype(np.int64)
         return cell
 
     def patches(self, beliefs: PatchBeliefs, canvas: npt.NDArray[np.float32]) -> None:
@@ -94,9 +99,14 @@ class Analysis:
 
         `low` and `high` of bias and spread are 95 % bootstrap limits over images; all null in a bin without pixels.
         """
-        table = np.stack(list(self._sums.values())) if self._sums else np.zeros((0, BINS, len(SUMS)))
-        edges = self._edges[::FINE]
-        return [{"low": float(edges[at]), "high": float(edges[at + 1]), **_depth_bin(table[:, at])} for at in range(BINS)]
+        table = np.stack(list(self._sums.values())) if self._sums else np.zeros((0, CELLS, len(SUMS)))
+        pixels = table[:, :, 0].sum(axis=0)
+        width = next((w for w in (FINE, FINE // 2, FINE // 4) if _populated(pixels, w) >= ENOUGH), 1)
+        folded = table.reshape(len(table), CELLS // width, width, len(SUMS)).sum(axis=2)
+        edges = self._edges[::width]
+        return [
+            {"low": float(edges[at]), "high": float(edges[at + 1]), **_depth_bin(folded[:, at])} for at in range(len(edges) - 1)
+        ]
 
     def _uncertainty(self) -> dict[str, Any] | None:
         """How well the spread of the bin distribution tells the error; None if the head has no distribution."""
@@ -113,6 +123,11 @@ class Analysis:
             "entropy": {**spearman_of(entropy, relative), "groups": _groups(entropy, std, error, relative)},
             "std": {**spearman_of(std, np.abs(error)), "groups": _groups(std, std, error, relative)},
         }
+
+
+def _populated(pixels: Floats, width: int) -> int:
+    """How many bins of `width` cells hold more than a rare share of the pixels."""
+    return int((pixels.reshape(-1, width).sum(axis=1) > RARE * pixels.sum()).sum())
 
 
 def spearman_of(signal: Floats, error: Floats) -> dict[str, Any]:

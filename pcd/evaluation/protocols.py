@@ -16,7 +16,7 @@ from pcd.errors import UsageError, suggest
 from pcd.evaluation.protocol import Protocol
 from pcd.regions import NYU_SIZE
 
-__all__ = ["ALIASES", "CATALOGUE", "Protocol", "get_protocol", "protocols_for"]
+__all__ = ["ALIASES", "CATALOGUE", "Protocol", "get_protocol", "protocols_for", "usual_protocols"]
 
 _NYU: dict[str, Any] = {"family": "nyu", "min_depth": 1e-3, "max_depth": 10.0}
 _KITTI: dict[str, Any] = {"family": "kitti", "min_depth": 1e-3, "max_depth": 80.0}
@@ -174,6 +174,12 @@ def get_protocol(name: str, family: str, depth_range: tuple[float, float]) -> Pr
 def protocols_for(family: str, depth_range: tuple[float, float]) -> list[Protocol]:
     """Every protocol that applies to a family, in the order of the catalogue."""
     return [_ranged(protocol, depth_range) for protocol in CATALOGUE if protocol.family == family]
+
+
+def usual_protocols(family: str, depth_range: tuple[float, float]) -> list[Protocol]:
+    """Those of `protocols_for` that are meant for any data of the family: not the ranges of named zero-shot datasets."""
+    usual = [p for p in CATALOGUE if p.family == family and (family != "generic" or math.isnan(p.max_depth))]
+    return [_ranged(protocol, depth_range) for protocol in usual]
 
 
 def _ranged(protocol: Protocol, depth_range: tuple[float, float]) -> Protocol:

@@ -200,3 +200,13 @@ def compare(
         equal=int((differences == 0).sum()),
         excluded=len(pairs) - len(kept),
     )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number by Holm's step-down method, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    adjusted, reached = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        reached = max(reached, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = reached
+    return adjusted

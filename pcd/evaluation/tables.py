@@ -58,3 +58,25 @@ def _absent(value: Any) -> Any:
 def _cell(value: Any) -> Any:
     found = _absent(value)
     return "" if found is None else found
+
+
+def read_scores(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """A per-sample table of `write_csv` as protocol -> metric -> key -> score.
+
+    Of an image in tiles, the mean over the tiles that were scored; NaN where none was.
+    """
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    parts: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        for name in METRICS.keys() & row.keys():
+            scores = parts.setdefault(row["protocol"], {}).setdefault(name, {}).setdefault(row["key"], [])
+            if row[name]:
+                scores.append(float(row[name]))
+    return {
+        protocol: {
+            name: {key: math.fsum(part) / len(part) if part else math.nan for key, part in keys.items()}
+            for name, keys in metrics.items()
+        }
+        for protocol, metrics in parts.items()
+    }

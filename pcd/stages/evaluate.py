@@ -82,6 +82,7 @@ def evaluate(
         "samples": len(table.usable()),
         "skipped": table.samples - len(table.usable()),
         "labels": run.labels,
+        "order": [protocol.label for protocol in chosen],
         **result,
     }
     folder = run.root / EVALUATIONS / f"{split}-{checkpoint}"
