@@ -1,5 +1,5 @@
 # make install   the environment in .venv, with the locked versions
-# make demo      synthetic scenes through extract, train, evaluate, to a picture (under 3 minutes on 2 cores)
+# make demo      synthetic scenes through extract, train, evaluate and report (under 3 minutes on 2 cores)
 # make test      every check: ruff, mypy, pytest, the README's commands
 # make browser   a Chromium for the tests of HTML, if there is none (PCD_BROWSER=PROGRAM names one); part of make test
 #

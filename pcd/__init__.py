@@ -1,7 +1,7 @@
 """pcd: train and compare depth heads on frozen encoders, from a cache that is written once.
 
 The Python interface is that of the stages: `load_recipe`, `extract`, `open_cache`, `train`, `open_run`, `evaluate`,
-`Predictor` and `run_recipe`. Names are imported when they are first used, so that `import pcd` costs nothing.
+`report`, `Predictor` and `run_recipe`. Names are imported when they are first used, so that `import pcd` costs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pcd.stages.evaluate import evaluate
     from pcd.stages.extract import extract
     from pcd.stages.predict import Predictor
+    from pcd.stages.report import report
     from pcd.stages.run import run_recipe
     from pcd.stages.runs import open_run
     from pcd.stages.train import train
@@ -27,12 +28,24 @@ _HOMES = {
     "evaluate": "pcd.stages.evaluate",
     "extract": "pcd.stages.extract",
     "Predictor": "pcd.stages.predict",
+    "report": "pcd.stages.report",
     "run_recipe": "pcd.stages.run",
     "open_run": "pcd.stages.runs",
     "train": "pcd.stages.train",
 }
 
-__all__ = ["Predictor", "__version__", "evaluate", "extract", "load_recipe", "open_cache", "open_run", "run_recipe", "train"]
+__all__ = [
+    "Predictor",
+    "__version__",
+    "evaluate",
+    "extract",
+    "load_recipe",
+    "open_cache",
+    "open_run",
+    "report",
+    "run_recipe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

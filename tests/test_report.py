@@ -17,10 +17,10 @@ from pcd.evaluation.protocols import CATALOGUE
 from pcd.evaluation.statistics import holm
 from pcd.evaluation.tables import read_scores
 from pcd.progress import SILENT
-from pcd.report.contents import best_of, number, protocols_table, scores_table
-from pcd.report.drawing import GRID, INK, inline, new_figure, style
-from pcd.report.panels import Predicted, Sample, layers, scales_of, shrink, thicken
-from pcd.report.published import published
+from pcd.reports.contents import best_of, number, protocols_table, scores_table
+from pcd.reports.drawing import GRID, INK, inline, new_figure, style
+from pcd.reports.panels import Predicted, Sample, layers, scales_of, shrink, thicken
+from pcd.reports.published import published
 from pcd.stages.extract import extract
 from pcd.stages.report import evaluated, report
 from pcd.stages.runs import Run

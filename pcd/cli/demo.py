@@ -18,7 +18,7 @@ def demo(
     set_: options.Set = None,
     device: options.Device = "auto",
 ) -> None:
-    """Synthetic scenes through extract, train and evaluate, beside two baselines: a few minutes, no downloads."""
+    """Synthetic scenes through extract, train, evaluate and report, beside two baselines: a few minutes, no downloads."""
     from pcd.cli.train import print_epoch
     from pcd.recipe import load_recipe
     from pcd.stages.demo import demo as run_stage
@@ -34,4 +34,4 @@ def demo(
     output.print(table)
     output.print(f"protocol: {result.protocol}", soft_wrap=True, markup=False)
     print_notes([f"{' and '.join(result.run.labels)}: these scores show that the machinery works, not how good CLIP is"])
-    output.print(f"look at {result.picture}", soft_wrap=True)
+    output.print(f"look at {result.picture} and {result.page}", soft_wrap=True)

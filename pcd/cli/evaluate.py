@@ -15,7 +15,7 @@ from pcd.cli.app import LOOK, app, output, print_json, print_notes, reporting
 if TYPE_CHECKING:
     from pcd.stages.evaluate import Evaluation
 
-SHOWN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")
+SHOWN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "bias", "delta1", "delta2", "delta3", "boundary_f1")
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: pcd evaluate --run runs/nyu --protocol eigen")
@@ -33,6 +33,7 @@ def evaluate(
     upsample: Annotated[
         options.Upsample | None, typer.Option(help="How patches become pixels.", show_default="the protocol's")
     ] = None,
+    boundary: Annotated[bool, typer.Option("--boundary", help="Boundary F1 too: for dense ground truth, slow.")] = False,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
@@ -51,6 +52,7 @@ def evaluate(
             checkpoint=checkpoint,
             tta=tta,
             upsample=upsample.value if upsample else None,
+            boundary=boundary,
             device=device,
             progress=progress,
         )
@@ -71,19 +73,26 @@ def print_scores(evaluation: Evaluation) -> None:
     for label in protocols:
         table.add_column(escape(label), justify="right", overflow="fold")
     for name in SHOWN:
+        if not any(name in scores["metrics"] for scores in protocols.values()):
+            continue
         metric = METRICS[name]
         heading = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
-        table.add_row(heading, *(_number(scores["metrics"].get(name)) for scores in protocols.values()))
+        table.add_row(heading, *(_score(scores, name) for scores in protocols.values()))
     table.add_row("images", *(_images(scores) for scores in protocols.values()))
     output.print(table)
     for label, scores in protocols.items():
         output.print(f"{label}: {scores['description']}", soft_wrap=True, markup=False)
+    output.print("in brackets: 95 % bootstrap limits of the mean over images", style="dim")
     print_notes(result["labels"])
     output.print(f"written to {evaluation.folder}", soft_wrap=True)
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _score(scores: dict[str, Any], name: str) -> str:
+    """The value, and its 95 % bootstrap limits over images where there are any."""
+    value, limits = scores["metrics"].get(name), scores["intervals"].get(name)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + (f" [dim]({limits[0]:.3f} to {limits[1]:.3f})[/]" if limits and None not in limits else "")
 
 
 def _images(scores: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Demo: synthetic scenes through every stage, beside two baselines, to a picture one can look at."""
+"""Demo: synthetic scenes through every stage, beside two baselines, to a picture and a report one can look at."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pcd.recipe import Recipe
 from pcd.stages.extract import extract
 from pcd.stages.inference import Predict, constant_predictor, head_predictor, native_truth, score
 from pcd.stages.needs import shipped_recipes
+from pcd.stages.report import report
 from pcd.stages.runs import Run
 from pcd.stages.train import train
 from pcd.training.rows import RowSource, StreamedRows, random_stream
@@ -39,12 +40,13 @@ HEAD, SHUFFLED, MEAN = "head", "same head, shuffled tokens", "mean training dept
 
 @dataclass(frozen=True)
 class Demo:
-    """Scores under one protocol by what was scored, the protocol in words, the run and the picture."""
+    """Scores under one protocol by what was scored, the protocol in words, the run, the picture and the report's page."""
 
     run: Run
     protocol: str
     scores: dict[str, dict[str, float]]
     picture: Path
+    page: Path
 
 
 class ShuffledTokens:
@@ -72,7 +74,7 @@ def demo(
     progress: Progress = SILENT,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> Demo:
-    """Extract, train and score the demo recipe in folder `out`, then its baselines, and draw test samples."""
+    """Extract, train and score the demo recipe in folder `out`, then its baselines; draw test samples and report on the run."""
     cache = extract(recipe, out / "cache", device=device, also=shipped_recipes(recipe.dataset["name"]), progress=progress).cache
     run = train(recipe, cache, out / "run", device=device, progress=progress, on_epoch=on_epoch)
     progress.say("the same head on shuffled tokens: what is learned when features say nothing about depth")
@@ -95,7 +97,8 @@ def demo(
     dataset = create_dataset(recipe.dataset["name"], recipe.options("dataset"))
     picture = out / "demo.png"
     draw(picture, table, dataset, predictors[HEAD], run)
-    return Demo(run, protocol.describe(), scores, picture)
+    page = report([run], out / "report", cache=cache, device=device, progress=progress).page
+    return Demo(run, protocol.describe(), scores, picture, page)
 
 
 def _predictor(run: Run, table: Table, device: torch.device, through: Callable[[RowSource], RowSource]) -> Predict:

@@ -57,12 +57,14 @@ def evaluate(
     checkpoint: str = "abs_rel",
     tta: bool | None = None,
     upsample: Upsample | None = None,
+    boundary: bool = False,
     device: str = "auto",
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Score `run` on table `split` of `cache` (default: the one it was trained on) and write the result into the run.
 
     `checkpoint` is a watched metric (the epoch that was best for it), `last`, or `each`. Options left out are the recipe's.
+    `boundary` asks for boundary F1 under the protocols at native resolution: for dense ground truth, and slow.
     Raises `FingerprintError` for a cache of another encoder, `CacheError` for a missing table, `UsageError` for a protocol or
     option that does not apply.
     """
@@ -72,9 +74,9 @@ def evaluate(
     chosen = choose_protocols(run, cache, protocols, tta, upsample)
     where = torch.device(resolve_device(device))
     if checkpoint == EACH:
-        result, files = _score_each(run, table, chosen, where, progress), None
+        result, files = _score_each(run, table, chosen, boundary, where, progress), None
     else:
-        result, files = _score_one(run, table, chosen, checkpoint, where, progress)
+        result, files = _score_one(run, table, chosen, checkpoint, boundary, where, progress)
     document = {
         "run": str(run.root),
         "cache": str(cache.root),
@@ -138,11 +140,17 @@ def _require(cache: Cache, split: str) -> Table:
 
 
 def _score_one(
-    run: Run, table: Table, protocols: list[Protocol], checkpoint: str, device: torch.device, progress: Progress
+    run: Run,
+    table: Table,
+    protocols: list[Protocol],
+    checkpoint: str,
+    boundary: bool,
+    device: torch.device,
+    progress: Progress,
 ) -> tuple[dict[str, Any], _Files]:
     head, epoch = run.load_head(checkpoint, device)
     analysis = Analysis(protocols[0])
-    scorer = Scorer(protocols, table.plan, depth_bins=DEPTH_BINS, watch=analysis.pixels)
+    scorer = Scorer(protocols, table.plan, depth_bins=DEPTH_BINS, boundary=boundary, watch=analysis.pixels)
     source = StreamedRows(table, head.reads(head.options), device)
     progress.start(f"{table.name}: scoring epoch {epoch}", len(table.usable()), "samples")
     group = TRUTH[run.recipe.views.depth_resize]
@@ -170,13 +178,15 @@ def _document(protocol: Protocol, scorer: Scorer) -> dict[str, Any]:
     return found
 
 
-def _score_each(run: Run, table: Table, protocols: list[Protocol], device: torch.device, progress: Progress) -> dict[str, Any]:
+def _score_each(
+    run: Run, table: Table, protocols: list[Protocol], boundary: bool, device: torch.device, progress: Progress
+) -> dict[str, Any]:
     """Each watched metric from its own best epoch (paper, section 3.3); epochs shared by metrics are scored once."""
     best = {metric: value["epoch"] for metric, value in run.best.items()}
     by_epoch: dict[int, dict[str, Any]] = {}
     for metric, epoch in best.items():
         if epoch not in by_epoch:
-            by_epoch[epoch] = _score_one(run, table, protocols, metric, device, progress)[0]["protocols"]
+            by_epoch[epoch] = _score_one(run, table, protocols, metric, boundary, device, progress)[0]["protocols"]
     scores = {}
     for protocol in protocols:
         found = {m: by_epoch[e][protocol.label] for m, e in best.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from pcd.cache import Cache
 from pcd.errors import DatasetError
 from pcd.evaluation.pixels import combine_views, native_prediction
-from pcd.report.panels import Predicted, Rgb, Sample
+from pcd.reports.panels import Predicted, Rgb, Sample
 from pcd.stages.frames import open_frames
 from pcd.stages.inference import beliefs, head_predictor, native_truth
 from pcd.stages.runs import Run

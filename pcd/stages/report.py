@@ -21,10 +21,10 @@ from pcd.evaluation.tables import read_scores
 from pcd.files import read_json
 from pcd.fingerprint import file_digest
 from pcd.progress import SILENT, Progress
-from pcd.report.contents import COMPARED, Contents, Difference, RunPart
-from pcd.report.drawing import SERIES
-from pcd.report.published import published
-from pcd.report.write import write_report
+from pcd.reports.contents import COMPARED, Contents, Difference, RunPart
+from pcd.reports.drawing import SERIES
+from pcd.reports.published import published
+from pcd.reports.write import write_report
 from pcd.stages.evaluate import ANALYSIS_FILE, EACH, EVALUATIONS, METRICS_FILE, choose_protocols, evaluate
 from pcd.stages.facts import facts_of
 from pcd.stages.gallery import gallery
@@ -36,7 +36,7 @@ NATIVE = "depth/native"
 
 @dataclass(frozen=True)
 class Report:
-    """The page, and what it says: see `pcd.report.contents.Contents`."""
+    """The page, and what it says: see `pcd.reports.contents.Contents`."""
 
     page: Path
     contents: Contents

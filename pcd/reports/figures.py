@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from pcd.evaluation.analysis import RARE
-from pcd.report.drawing import INK, SERIES, new_figure, style
+from pcd.reports.drawing import INK, SERIES, new_figure, style
 
 Document = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pcd.evaluation.metrics import METRICS
 from pcd.evaluation.statistics import Comparison
-from pcd.report.panels import Sample
-from pcd.report.published import Published
+from pcd.reports.panels import Sample
+from pcd.reports.published import Published
 
 SHOWN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "bias", "delta1", "delta2", "delta3")
 COMPARED = ("abs_rel", "rmse", "log10", "delta1")

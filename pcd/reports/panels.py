@@ -16,7 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pcd.evaluation.pictures import COLOURS, depth_scale
-from pcd.report.drawing import style
+from pcd.reports.drawing import style
 
 Map = npt.NDArray[np.float32]
 Rgb = npt.NDArray[np.uint8]

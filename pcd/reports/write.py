@@ -18,11 +18,11 @@ import pcd
 from pcd.evaluation.metrics import METRICS
 from pcd.evaluation.pictures import COLOURS
 from pcd.files import write_text
-from pcd.report import contents as tables
-from pcd.report.contents import ARROWS, Contents
-from pcd.report.drawing import inline, save
-from pcd.report.figures import bias_and_error, by_distance, calibration, curves_of, differences, training
-from pcd.report.panels import ERROR_COLOURS, UNSURE_COLOURS, WIDE, Sample, Scales, data_uri, figure_of, layers, scales_of
+from pcd.reports import contents as tables
+from pcd.reports.contents import ARROWS, Contents
+from pcd.reports.drawing import inline, save
+from pcd.reports.figures import bias_and_error, by_distance, calibration, curves_of, differences, training
+from pcd.reports.panels import ERROR_COLOURS, UNSURE_COLOURS, WIDE, Sample, Scales, data_uri, figure_of, layers, scales_of
 
 PAGE, FIGURES = "index.html", "figures"
 _FOLDER = Path(__file__).with_name("page")

@@ -1,1 +1,0 @@
-"""The report: figures and one self-contained page, from plain data. Knows nothing of runs, caches or stages."""
