@@ -1,11 +1,12 @@
 """How long scoring takes, and what it is compared with.
 
-    python benchmarks/scoring.py [--images 654] [--family nyu] [--bins 10] [--boundary]
+    python benchmarks/scoring.py [--images 654] [--family nyu] [--boundary]
 
 Scores random predictions of NYU size (480x640 frames, 336x336 canvas, 24x24 patches, flip TTA) or KITTI size (375x1242,
-336x1344, four tiles) under five protocols in one pass, and prints seconds, peak memory beyond the start, and the same for
-the straightforward way: OpenCV resize to the frame and the textbook formulas on whole float64 arrays, protocol by protocol.
-Both use this process only; the share of the machine it got is the quotient of processor and wall time.
+336x1344, four tiles) under five protocols in one pass, and prints seconds and peak memory beyond the start: for the means, for
+all that `pcd evaluate` gathers beside them (tables by depth, the analysis, bootstrap intervals), and for the straightforward
+way: OpenCV resize to the frame and the textbook formulas on whole float64 arrays, protocol by protocol.
+All use this process only; the share of the machine it got is the quotient of processor and wall time.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pcd.evaluation.analysis import Analysis
 from pcd.evaluation.pixels import combine_views
 from pcd.evaluation.protocols import Protocol, get_protocol
 from pcd.evaluation.scoring import Scorer
+from pcd.stages.evaluate import DEPTH_BINS
 from pcd.views import ViewPlan, crop_region, depth_canvas
 
 NAMES = {
@@ -100,19 +103,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=654)
     parser.add_argument("--family", choices=sorted(NAMES), default="nyu")
-    parser.add_argument("--bins", type=int, default=0, help="also gather this many depth bins")
     parser.add_argument("--boundary", action="store_true", help="also boundary F1")
     given = parser.parse_args()
     plan = PLANS[given.family]
     protocols = [get_protocol(name, given.family, (1e-3, FRAMES[given.family][3])) for name in NAMES[given.family]]
     patches, canvas, native = make(given.family)
-    scorer = Scorer(protocols, plan, depth_bins=given.bins, boundary=given.boundary)
+    scorer = Scorer(protocols, plan, boundary=given.boundary)
+    analysis = Analysis(protocols[0])
+    whole = Scorer(protocols, plan, depth_bins=DEPTH_BINS, boundary=given.boundary, watch=analysis.pixels)
 
-    def ours() -> None:
+    def ours(scorer: Scorer = scorer) -> None:
         for start in range(0, given.images, BATCH):
             number = min(BATCH, given.images - start)
             keys = [str(start + at) for at in range(number)]
             scorer.add(keys, patches[:number], canvas[:number], native[:number])
+
+    def everything() -> None:
+        ours(whole)
+        analysis.as_json()
+        for scores in whole.scores.values():
+            scores.intervals()
 
     def straightforward() -> None:
         for at in range(given.images):
@@ -123,7 +133,8 @@ def main() -> None:
 
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, numpy {np.__version__}, torch {torch.__version__}")
     print(f"{given.images} predictions of {given.family} size under {', '.join(p.label for p in protocols)}:")
-    timed(ours, given.images, "pcd")
+    timed(ours, given.images, "pcd, means")
+    timed(everything, given.images, "pcd, as evaluate does")
     timed(straightforward, given.images, "straightforward NumPy and OpenCV")
     print("mean AbsRel: " + ", ".join(f"{label} {s['metrics']['abs_rel']:.4f}" for label, s in scorer.summary().items()))
 

@@ -65,7 +65,10 @@ class Analysis:
     def _cell(self, depth: Floats) -> npt.NDArray[np.int64]:
         """Cells of the joint distribution; what an unclamped protocol lets lie beyond the range goes to the outer ones."""
         low, high = self._edges[0], self._edges[-1]
-        cell: npt.NDArray[np.int64] = ((depth - low) / (high - low) * CELLS).clip(0, CELLS - 1).astype(np.int64)
+        share = depth - low
+        share *= CELLS / (high - low)
+        np.clip(share, 0, CELLS - 1, out=share)
+        cell: npt.NDArray[np.int64] = share.astype(np.int64)
         return cell
 
     def patches(self, beliefs: PatchBeliefs, canvas: npt.NDArray[np.float32]) -> None:
@@ -99,13 +102,15 @@ class Analysis:
 
         `low` and `high` of bias and spread are 95 % bootstrap limits over images; all null in a bin without pixels.
         """
-        table = np.stack(list(self._sums.values())) if self._sums else np.zeros((0, CELLS, len(SUMS)))
+        table = np.stack(list(self._sums.values())) if self._sums else np.zeros((1, CELLS, len(SUMS)))
         pixels = table[:, :, 0].sum(axis=0)
         width = next((w for w in (FINE, FINE // 2, FINE // 4) if _populated(pixels, w) >= ENOUGH), 1)
         folded = table.reshape(len(table), CELLS // width, width, len(SUMS)).sum(axis=2)
+        drawn = np.concatenate([np.tensordot(d, folded, 1) for d in resampled(len(folded), RESAMPLES, seed=0)])
         edges = self._edges[::width]
         return [
-            {"low": float(edges[at]), "high": float(edges[at + 1]), **_depth_bin(folded[:, at])} for at in range(len(edges) - 1)
+            {"low": float(edges[at]), "high": float(edges[at + 1]), **_depth_bin(folded[:, at], drawn[:, at])}
+            for at in range(len(edges) - 1)
         ]
 
     def _uncertainty(self) -> dict[str, Any] | None:
@@ -150,19 +155,16 @@ def _groups(signal: Floats, std: Floats, error: Floats, relative: Floats) -> lis
     ]
 
 
-def _depth_bin(sums: Floats) -> dict[str, Any]:
-    """One bin from its sums per image `(images, len(SUMS))`."""
-    kept = sums[sums[:, 0] > 0]
-    names = ("bias", "bias_low", "bias_high", "std", "std_low", "std_high", "rmse", "abs_rel")
-    if not len(kept):
+def _depth_bin(sums: Floats, drawn: Floats) -> dict[str, Any]:
+    """One bin from its sums per image `(images, len(SUMS))` and those of resampled images `(resamples, len(SUMS))`."""
+    total, names = sums.sum(axis=0), ("bias", "bias_low", "bias_high", "std", "std_low", "std_high", "rmse", "abs_rel")
+    if not total[0]:
         return {"pixels": 0, "images": 0, **dict.fromkeys(names)}
-    drawn = np.concatenate([draw @ kept for draw in resampled(len(kept), RESAMPLES, seed=0)])
-    (bias, std), (biases, stds) = _moments(kept.sum(axis=0)), _moments(drawn)
-    total = kept.sum(axis=0)
-    limits = [np.quantile(values, (0.025, 0.975)) for values in (biases, stds)]
-    rmse, abs_rel = np.sqrt(total[2] / total[0]), total[3] / total[0]
-    values = (bias, *limits[0], std, *limits[1], rmse, abs_rel)
-    return {"pixels": int(total[0]), "images": len(kept), **{n: float(v) for n, v in zip(names, values, strict=True)}}
+    (bias, std), samples = _moments(total), _moments(drawn[drawn[:, 0] > 0])
+    limits = [np.quantile(values, (0.025, 0.975)) for values in samples]
+    values = (bias, *limits[0], std, *limits[1], np.sqrt(total[2] / total[0]), total[3] / total[0])
+    images = int((sums[:, 0] > 0).sum())
+    return {"pixels": int(total[0]), "images": images, **{n: float(v) for n, v in zip(names, values, strict=True)}}
 
 
 def _moments(sums: Floats) -> tuple[Floats, Floats]:

@@ -135,11 +135,13 @@ def binned_sums(pred: Floats, gt: Floats, edges: Floats) -> Floats:
 
     A pixel belongs to the bin with `edge <= gt < next edge`; what lies beyond the outer edges goes to the outer bins.
     """
-    index = np.zeros(len(gt), dtype=np.int16)
+    index = np.zeros(len(gt), dtype=np.uint8 if len(edges) < 256 else np.uint16)  # small integers are sorted in linear time
     for edge in edges[1:-1]:  # a few comparisons of whole arrays are faster than a search per pixel
-        index += gt >= edge
-    chosen = [np.flatnonzero(index == number) for number in range(len(edges) - 1)]
-    return np.stack([gathered_sums(pred[at], gt[at]) for at in chosen])
+        np.add(index, gt >= edge, out=index, casting="unsafe")
+    order = np.argsort(index, kind="stable")
+    pred, gt = pred.take(order), gt.take(order)
+    ends = np.cumsum(np.bincount(index, minlength=len(edges) - 1))
+    return np.stack([gathered_sums(pred[start:end], gt[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)])
 
 
 def metrics_from_sums(sums: Tensor) -> dict[str, Tensor]:
