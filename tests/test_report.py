@@ -111,8 +111,8 @@ def test_all_samples_share_their_scales_and_errors_are_signed() -> None:
     first, second = (layers(sample, sample.predicted["r"], scales) for sample in samples)
     assert set(first) == {"truth", "prediction", "error"}
     assert (first["truth"] == second["truth"]).all()
-    assert first["error"][0, 0, 2] > first["error"][0, 0, 0]  # too near: blue
-    assert second["error"][0, 0, 0] > second["error"][0, 0, 2]  # too far: red
+    assert first["error"][0, 0, 0] > first["error"][0, 0, 2]  # too near: red
+    assert second["error"][0, 0, 2] > second["error"][0, 0, 0]  # too far: blue
 
 
 def test_inlined_figures_take_the_colours_of_the_page_and_keep_their_ids_apart() -> None:

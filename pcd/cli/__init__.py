@@ -1,6 +1,6 @@
 """The command line: one module per command."""
 
-from pcd.cli import cache, demo, doctor, evaluate, extract, predict, protocols, report, run, train
+from pcd.cli import cache, demo, doctor, evaluate, extract, predict, protocols, report, run, show, train
 from pcd.cli.app import main
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "protocols",
     "report",
     "run",
+    "show",
     "train",
 ]

@@ -13,6 +13,10 @@ from matplotlib.figure import Figure
 
 COLOURS = "turbo_r"
 """Near is warm, far is cold."""
+ERROR_COLOURS = "RdBu"
+"""Of prediction minus truth: too near is warm, too far is cold."""
+UNSURE_COLOURS = "magma"
+"""Of standard deviations."""
 WIDTH = 5.0
 """Inches of one panel."""
 

@@ -15,13 +15,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from pcd.evaluation.pictures import COLOURS, depth_scale
+from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS, depth_scale
 from pcd.reports.drawing import style
 
 Map = npt.NDArray[np.float32]
 Rgb = npt.NDArray[np.uint8]
-ERROR_COLOURS = "RdBu_r"
-UNSURE_COLOURS = "magma"
 WIDTH = 640
 """Pixels of a picture in the page."""
 QUALITY = 88
@@ -186,7 +184,7 @@ def _bars(figure: Figure, scales: Scales, total: float) -> None:
     """Both scales below the panels, side by side."""
     for left, label, low, high, colours in (
         (0.5, "depth in metres", *scales.depth, COLOURS),
-        (0.5 + INCHES / 2, "error in metres (red: too far)", -scales.error, scales.error, ERROR_COLOURS),
+        (0.5 + INCHES / 2, "error in metres (red: too near)", -scales.error, scales.error, ERROR_COLOURS),
     ):
         axis = figure.add_axes((left / INCHES, (BARS - 0.25) / total, (INCHES / 2 - 1) / INCHES, 0.12 / total))
         mappable = ScalarMappable(Normalize(low, high), colours)

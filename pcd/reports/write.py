@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 
 import pcd
 from pcd.evaluation.metrics import METRICS
-from pcd.evaluation.pictures import COLOURS
+from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS
 from pcd.files import write_text
 from pcd.reports import contents as tables
 from pcd.reports.contents import ARROWS, Contents
 from pcd.reports.drawing import inline, save
 from pcd.reports.figures import bias_and_error, by_distance, calibration, curves_of, differences, training
-from pcd.reports.panels import ERROR_COLOURS, UNSURE_COLOURS, WIDE, Sample, Scales, data_uri, figure_of, layers, scales_of
+from pcd.reports.panels import WIDE, Sample, Scales, data_uri, figure_of, layers, scales_of
 
 PAGE, FIGURES = "index.html", "figures"
 _FOLDER = Path(__file__).with_name("page")
@@ -153,7 +153,7 @@ def _scales(scales: Scales) -> list[dict[str, str]]:
         }
         for layers_shown, low, high, colours, words in (
             ("prediction truth", *scales.depth, COLOURS, "depth"),
-            ("error", -scales.error, scales.error, ERROR_COLOURS, "error, red: too far"),
+            ("error", -scales.error, scales.error, ERROR_COLOURS, "error, red: too near"),
             ("std", 0.0, scales.std, UNSURE_COLOURS, "standard deviation"),
         )
     ]
