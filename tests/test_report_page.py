@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import Page
 
-from pcd.stages.report import report
+from pcd.stages.report import Report, report
 from tests.browser import Pages, browsing
 from tests.runs_support import toy_runs
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("page")
-    return report(toy_runs(root), root / "report", samples=1, device="cpu").page
+    return report(toy_runs(root), root / "report", samples=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def page_file(built: Report) -> Path:
+    return built.page
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,28 @@ def test_samples_are_filtered_and_layered(pages: Pages, page_file: Path) -> None
         assert over.get_attribute("data-run") == "second"
         assert over.get_attribute("src") != seen["std"]
         assert sample.locator("[data-scores] >> visible=true").get_attribute("data-scores") == "second"
+    assert watched.complaints == []
+
+
+def test_pointing_at_a_picture_tells_the_depths(pages: Pages, built: Report) -> None:
+    sample = built.contents.samples[0]
+    truth, predicted = sample.truth, sample.predicted["second"].depth
+    height, width = truth.shape
+    with pages() as watched:
+        page = watched.open(built.page)
+        page.select_option("#gallery-run", "second")
+        card = page.locator(".sample").first
+        card.scroll_into_view_if_needed()
+        box = card.locator(".pictures").bounding_box()
+        assert box is not None
+        for row, column in ((2, 3), (20, 35), *np.argwhere(np.isnan(truth))[:1].tolist()):
+            page.mouse.move(box["x"] + (column + 0.5) / width * box["width"], box["y"] + (row + 0.5) / height * box["height"])
+            text = card.locator("[data-reading]").inner_text()
+            told = [float(part) for part in re.findall(r"[-+]?[0-9.]+(?= m)", text.replace("−", "-"))]
+            error = predicted[row, column] - truth[row, column]
+            known = [truth[row, column], error] if np.isfinite(error) else []
+            assert told == pytest.approx([predicted[row, column], *known], abs=0.0061)  # 2 digits of whole millimetres
+            assert ("no ground truth" in text) == (not known)
     assert watched.complaints == []
 
 

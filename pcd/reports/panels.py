@@ -23,6 +23,8 @@ Rgb = npt.NDArray[np.uint8]
 WIDTH = 640
 """Pixels of a picture in the page."""
 QUALITY = 88
+READOUT = 160
+"""Columns of the maps whose values the page can tell."""
 SPARSE = 1 / 3
 """Ground truth in a smaller share of the pixels is drawn thicker."""
 MISSING = (150, 150, 150)
@@ -137,6 +139,18 @@ def data_uri(picture: Rgb) -> str:
     written, data = cv2.imencode(".webp", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_WEBP_QUALITY, QUALITY])
     assert written
     return "data:image/webp;base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def readout(depth: Map) -> dict[str, object]:
+    """A map for the page to read values from: at most `READOUT` wide, little-endian uint16 in base64, 0 for none.
+
+    In millimetres, or centimetres if depths go beyond 65 m: `units` per metre.
+    """
+    small = shrink(depth, READOUT)
+    units = 1000 if np.nanmax(small, initial=0) < 65 else 100
+    stored = np.nan_to_num(small * units, nan=0).round().clip(0, 65535).astype("<u2")
+    data = base64.b64encode(stored.tobytes()).decode()
+    return {"width": small.shape[1], "height": small.shape[0], "units": units, "data": data}
 
 
 def figure_of(samples: Sequence[Sample], run: str, scales: Scales) -> Figure:

@@ -22,7 +22,7 @@ from pcd.reports import contents as tables
 from pcd.reports.contents import ARROWS, Contents
 from pcd.reports.drawing import inline, save
 from pcd.reports.figures import bias_and_error, by_distance, calibration, curves_of, differences, training
-from pcd.reports.panels import WIDE, Sample, Scales, data_uri, figure_of, layers, scales_of
+from pcd.reports.panels import WIDE, Sample, Scales, data_uri, figure_of, layers, readout, scales_of
 
 PAGE, FIGURES = "index.html", "figures"
 _FOLDER = Path(__file__).with_name("page")
@@ -134,7 +134,16 @@ def _gallery(sample: Sample, scales: Scales) -> dict[str, Any]:
             pictures.append({"layer": layer, "run": run, "uri": data_uri(found[layer]), "words": f"{words} of {sample.key}"})
     blank = data_uri(np.full_like(found["truth"], 128)) if rgb is None else ""
     scores = [(name, _line(predicted.scores)) for name, predicted in sample.predicted.items()]
-    return {"key": sample.key, "rule": sample.rule, "rgb": rgb, "blank": blank, "pictures": pictures, "scores": scores}
+    maps = {"": readout(sample.truth)} | {name: readout(p.depth) for name, p in sample.predicted.items()}
+    return {
+        "key": sample.key,
+        "rule": sample.rule,
+        "maps": maps,
+        "rgb": rgb,
+        "blank": blank,
+        "pictures": pictures,
+        "scores": scores,
+    }
 
 
 def _line(scores: dict[str, float]) -> str:

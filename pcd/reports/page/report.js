@@ -45,6 +45,26 @@
     all("img.over", sample).forEach((image) => { image.style.clipPath = `inset(0 0 0 ${share}%)`; });
     sample.querySelector(".handle").style.left = `${share}%`;
   };
+  const decode = (map) => {
+    const bytes = Uint8Array.from(atob(map.data), (letter) => letter.charCodeAt(0));
+    const view = new DataView(bytes.buffer);
+    return (x, y) => {
+      const column = Math.min(map.width - 1, Math.floor(x * map.width)), row = Math.min(map.height - 1, Math.floor(y * map.height));
+      return view.getUint16(2 * (row * map.width + column), true) / map.units;
+    };
+  };
+  all(".sample", gallery).forEach((sample) => {
+    const reading = sample.querySelector("[data-reading]"), pictures = sample.querySelector(".pictures");
+    const maps = Object.fromEntries(Object.entries(JSON.parse(sample.querySelector("script").textContent)).map(([run, map]) => [run, decode(map)]));
+    pictures.addEventListener("pointermove", (event) => {
+      const box = pictures.getBoundingClientRect();
+      const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+      if (x < 0 || y < 0 || x >= 1 || y >= 1) return;
+      const truth = maps[""](x, y), found = maps[state.run](x, y);
+      const error = truth ? `truth ${truth.toFixed(2)} m, error ${found < truth ? "−" : "+"}${Math.abs(found - truth).toFixed(2)} m` : "no ground truth";
+      reading.textContent = `here: predicted ${found.toFixed(2)} m, ${error}`;
+    });
+  });
   all(".sample", gallery).forEach((sample) => {
     const slider = sample.querySelector("input[type=range]");
     if (!slider) return;
