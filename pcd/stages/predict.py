@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from pcd import depths
-from pcd.datasets.files import read_rgb
 from pcd.device import resolve_device
 from pcd.encoders import create_encoder
-from pcd.errors import FingerprintError, MissingFileError, RunError, UsageError
-from pcd.evaluation.pictures import Panel, save_panels
-from pcd.evaluation.pixels import combine_views, native_prediction
+from pcd.errors import FingerprintError, RunError, UsageError
 from pcd.evaluation.protocol import Upsample
 from pcd.fingerprint import differences
+from pcd.heads.base import Head
+from pcd.prediction.canvas import canvas_of
+from pcd.prediction.result import Prediction
+from pcd.prediction.saves import Save
+from pcd.prediction.sources import Source, batched, read_frames
+from pcd.prediction.windows import Layout, Windows, lay_out
+from pcd.prediction.writers import Output, Writer
 from pcd.progress import SILENT, Progress
 from pcd.stages.runs import Run
-from pcd.views import ViewPlan, image_canvas, to_views
+from pcd.views import FloatArray, ViewPlan
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-VIEWS_AT_ONCE = 16
-WIDE = 2.0
-"""Images this many times wider than high stand above their depth, others beside it."""
+__all__ = ["Prediction", "Predictor", "predict_files"]
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Depth of one image: float32 `(H, W)` in metres, at the image's own size."""
-
-    depth: npt.NDArray[np.float32]
-    plan: ViewPlan
+VIEWS_AT_ONCE = {"cpu": 16, "cuda": 128}
+"""Views per forward pass; more gain nothing. ViT-L/14 at 336 needs 0.1 GB of memory for each at most."""
 
 
 class Predictor:
@@ -51,24 +45,67 @@ class Predictor:
         device: str = "auto",
         tta: bool = True,
         upsample: Upsample = "bilinear",
+        overlap: float = 0.0,
+        scales: Sequence[float] = (1.0,),
+        uncertainty: bool = False,
+        batch: int | None = None,
     ) -> None:
         """Loads the head and the encoder it was trained on.
 
-        `weights` says where the encoder's weights are now, if not where they were. Raises `WeightsError`, and
-        `FingerprintError` if they are not the weights the run was trained on.
+        `weights` says where the encoder's weights are now, if not where they were. `overlap` and `scales` lay overlapping
+        windows over enlarged canvases (`pcd.prediction.windows`); the depths of all scales are averaged. `uncertainty` keeps
+        the variance of the head's distribution. `batch` is how many images go through the encoder together.
+        Raises `WeightsError`, `FingerprintError` if they are not the weights the run was trained on, and `UsageError` for
+        options that cannot be used, among them uncertainty of a head without a distribution.
         """
         self.run = run
         self._device = torch.device(resolve_device(device))
-        self._upsample, self._tta = upsample, tta
+        self._upsample, self._tta, self.uncertainty = upsample, tta, uncertainty
+        self._layouts = self._lay_out(scales, overlap)
+        self._views_at_once, self.batch = self._batches(batch)
         self._head, self.epoch = run.load_head(checkpoint, self._device)
-        if len(run.info["encoders"]) != 1:
-            raise RunError(f"{run.root} was trained on {len(run.info['encoders'])} encoders; predict knows how to run one.")
-        table = next(iter(run.info["encoders"].values()))["table"]
+        if uncertainty and type(self._head).distribution is Head.distribution:
+            raise UsageError(self._no_distribution())
+        self._encoder = self._load_encoder(weights, device)
+        self._refuse_other_weights()
+
+    def _lay_out(self, scales: Sequence[float], overlap: float) -> list[Layout]:
+        if not scales:
+            raise UsageError("scales: none given; 1 is the canvas of training.")
+        plan = replace(self.run.plan, flips=self._tta)
+        return [lay_out(plan, self.run.grid, scale, overlap) for scale in scales]
+
+    @property
+    def views(self) -> int:
+        """Views per image, of all scales, mirrored ones included."""
+        return sum(layout.views for layout in self._layouts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person who chose the options should know."""
+        if len(self._layouts) == 1 and isinstance(self._layouts[0], Windows) and self._layouts[0].is_single:
+            return ["--overlap changes nothing here: one view covers the whole canvas of this run; --scales lays several."]
+        return []
+
+    def _batches(self, batch: int | None) -> tuple[int, int]:
+        """Views per forward pass, and images whose views are collected for one."""
+        if batch is None:
+            at_once = VIEWS_AT_ONCE.get(self._device.type, VIEWS_AT_ONCE["cpu"])
+            return at_once, max(1, at_once // self.views)
+        if batch < 1:
+            raise UsageError(f"batch {batch}: expected 1 image or more.")
+        return batch * self.run.plan.tiles * (2 if self._tta else 1), batch
+
+    def _load_encoder(self, weights: str | None, device: str) -> Any:
+        if len(self.run.info["encoders"]) != 1:
+            raise RunError(
+                f"{self.run.root} was trained on {len(self.run.info['encoders'])} encoders; predict knows how to run one."
+            )
+        table = next(iter(self.run.info["encoders"].values()))["table"]
         options = {key: value for key, value in table.items() if key != "name"}
         if weights is not None:
             options["weights"] = weights
-        self._encoder = create_encoder(table["name"], options, run.plan.view_size, device, "encoder")
-        self._refuse_other_weights()
+        return create_encoder(table["name"], options, self.run.plan.view_size, device, "encoder")
 
     def _refuse_other_weights(self) -> None:
         """Half precision on another device is the same network; anything else is not."""
@@ -81,6 +118,10 @@ class Predictor:
                     f"{self.run.root} was trained on tokens of another encoder:\n{shown}\nGive --weights PATH."
                 )
 
+    def _no_distribution(self) -> str:
+        name = self.run.recipe.head["name"]
+        return f"uncertainty: the head {name!r} of {self.run.root} gives no distribution over depths, so no spread is known."
+
     def plan_for(self, height: int, width: int) -> ViewPlan:
         """The view plan for an image: the dataset's crop if it has the size of the dataset's frames, else all of it."""
         plan = self.run.plan
@@ -89,75 +130,99 @@ class Predictor:
 
     def predict(self, rgb: npt.NDArray[np.uint8]) -> Prediction:
         """Depth of an RGB uint8 image `(H, W, 3)`. Raises `UsageError` for another shape or dtype."""
-        if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-            raise UsageError(f"predict takes RGB uint8 (H, W, 3); got {rgb.dtype} {rgb.shape}.")
-        height, width = rgb.shape[:2]
-        plan = self.plan_for(height, width)
-        views = to_views(image_canvas(rgb, plan), plan).transpose(0, 3, 1, 2)
-        patches = torch.cat([self._patches(views[at : at + VIEWS_AT_ONCE]) for at in range(0, len(views), VIEWS_AT_ONCE)])
-        combined = combine_views(patches.reshape(1, plan.views, *self.run.grid), plan, tta=self._tta)
-        depth = native_prediction(combined, plan, (height, width), self._upsample, "edge")[0]
-        return Prediction(depth.cpu().numpy().astype(np.float32), plan)
+        return self.predict_batch([rgb])[0]
+
+    def predict_batch(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Prediction]:
+        """Depth of RGB uint8 images `(H, W, 3)` of any sizes, whose views go through the encoder together.
+
+        The same as `predict` on each, up to the rounding of another batch size. Raises `UsageError` as that does.
+        """
+        for rgb in images:
+            if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
+                raise UsageError(f"predict takes RGB uint8 (H, W, 3); got {rgb.dtype} {rgb.shape}.")
+        if not images:
+            return []
+        plans = [self.plan_for(rgb.shape[0], rgb.shape[1]) for rgb in images]
+        maps = [self._maps(layout, images, plans) for layout in self._layouts]
+        predictions = []
+        for number, (rgb, plan) in enumerate(zip(images, plans, strict=True)):
+            patches = [means[number : number + 1] for means, _ in maps]
+            variances = [part[number : number + 1] for _, part in maps if part is not None]
+            size = (rgb.shape[0], rgb.shape[1])
+            predictions.append(Prediction(patches, plan, size, self._upsample, variances if self.uncertainty else None))
+        return predictions
+
+    def _maps(
+        self, layout: Layout, images: Sequence[npt.NDArray[np.uint8]], plans: Sequence[ViewPlan]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Patch depths on the canvas `(N, Gh, Gw)` and, if asked for, their variance.
+
+        The law of total variance over the views that share a patch, mirrored ones included: their weights are those with which
+        their depths are averaged.
+        """
+
+        def views() -> Iterator[FloatArray]:
+            for rgb, plan in zip(images, plans, strict=True):
+                yield from layout.cut(canvas_of(rgb, replace(layout.plan, crop=plan.crop)))
+
+        shape = (len(images), layout.views, *self.run.grid)
+        means, variances = (None if part is None else part.reshape(shape) for part in self._encode(views()))
+        assert means is not None
+        combined = layout.combine(means)
+        if variances is None:
+            return combined, None
+        means = means.double()
+        second = layout.combine(variances + means * means) - layout.combine(means).square()
+        return combined, second.clamp_min(0.0).float()
+
+    def _encode(self, views: Iterable[FloatArray]) -> tuple[Tensor, Tensor | None]:
+        """Patch depths of all views `(V, P)` and their variance or None, on the CPU; so many views at once as fit."""
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        waiting: list[FloatArray] = []
+        for view in views:
+            waiting.append(view)
+            if len(waiting) == self._views_at_once:
+                parts.append(self._patches(np.stack(waiting)))
+                waiting = []
+        if waiting:
+            parts.append(self._patches(np.stack(waiting)))
+        variances = [variance for _, variance in parts if variance is not None]
+        return torch.cat([depth for depth, _ in parts]), torch.cat(variances) if variances else None
 
     @torch.inference_mode()
-    def _patches(self, views: npt.NDArray[np.float32]) -> torch.Tensor:
-        columns = self._encoder.encode(torch.from_numpy(np.ascontiguousarray(views)))
-        reads = self._head.reads(self._head.options)
-        return self._head.depth({name: columns[name].to(self._device) for name in reads}).float()
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Image files: those named, and those inside the folders named, sorted.
-
-    Raises `MissingFileError` for what is not there and `UsageError` if nothing is left.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise MissingFileError(f"{path} is not there; give image files or folders of them.")
-    if not found:
-        raise UsageError(f"no image in {', '.join(map(str, paths))}; looked for {', '.join(SUFFIXES)}.")
-    return found
+    def _patches(self, views: FloatArray) -> tuple[Tensor, Tensor | None]:
+        columns = self._encoder.encode(torch.from_numpy(np.ascontiguousarray(views.transpose(0, 3, 1, 2))))
+        read = {name: columns[name].to(self._device) for name in self._head.reads(self._head.options)}
+        if not self.uncertainty:
+            return self._head.depth(read).float().cpu(), None
+        distribution = self._head.distribution(read)
+        if distribution is None:
+            raise UsageError(self._no_distribution())
+        return distribution.mean.float().cpu(), distribution.std.cpu().double().square()
 
 
 def predict_files(
-    predictor: Predictor, images: Iterable[Path], out: Path, progress: Progress = SILENT
+    predictor: Predictor, sources: Sequence[Source], output: Output, progress: Progress = SILENT
 ) -> Iterator[dict[str, Any]]:
-    """Predict files one by one: `NAME.depth.png` (16 bit), `NAME.npy` (metres) and `NAME.picture.png`; yields what was written.
+    """Predict images, videos and stacks frame by frame, and write `output`; yields what was written for each frame.
 
-    Two images of one name get numbers, so that nothing is overwritten.
+    Frames are read when their turn comes and forgotten once they are written. Two sources of one name get numbers, so that
+    nothing is overwritten. Raises `UsageError` before anything is read if the output asks for what there is not.
     """
-    taken: dict[str, int] = {}
-    for path in images:
-        rgb = read_rgb(path)
-        prediction = predictor.predict(rgb)
-        taken[path.stem] = taken.get(path.stem, 0) + 1
-        name = path.stem if taken[path.stem] == 1 else f"{path.stem}-{taken[path.stem]}"
-        yield {"image": str(path), **save_prediction(out, name, rgb, prediction.depth, predictor.run)}
-        progress.advance()
+    if Save.video in output.saves and not any(source.several for source in sources):
+        raise UsageError("--save video: none of the inputs is a video or an array of several frames; use --save side-by-side.")
+    if Save.uncertainty in output.saves and not predictor.uncertainty:
+        raise UsageError("--save uncertainty needs Predictor(..., uncertainty=True).")
+    return _predict_frames(predictor, sources, output, progress)
 
 
-def save_prediction(
-    out: Path, name: str, rgb: npt.NDArray[np.uint8], depth: npt.NDArray[np.float32], run: Run
-) -> dict[str, Any]:
-    """Write the three files of one prediction; returns their paths, the PNG's units per metre and the range in metres."""
-    out.mkdir(parents=True, exist_ok=True)
-    units = depths.units_for(float(depth.max()))
-    files = {"png": out / f"{name}.depth.png", "npy": out / f"{name}.npy", "picture": out / f"{name}.picture.png"}
-    if not cv2.imwrite(str(files["png"]), depths.encode(depth, units)):
-        raise OSError(f"{files['png']} could not be written")
-    np.save(files["npy"], depth)
-    title = f"{name}: {depth.min():.2f} to {depth.max():.2f} m" + "".join(f" ({label})" for label in run.labels)
-    panels = [Panel("image", rgb), Panel("predicted depth", depth)]
-    wide = rgb.shape[1] > WIDE * rgb.shape[0]
-    save_panels(files["picture"], [[panel] for panel in panels] if wide else [panels], title)
-    return {
-        **{kind: str(path) for kind, path in files.items()},
-        "units_per_metre": units,
-        "min": float(depth.min()),
-        "max": float(depth.max()),
-    }
+def _predict_frames(
+    predictor: Predictor, sources: Sequence[Source], output: Output, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    with Writer(output, tuple(predictor.run.labels)) as writer:
+        for batch in batched(read_frames(sources, progress.say), predictor.batch):
+            predictions = predictor.predict_batch([frame.rgb for frame in batch])
+            for frame, prediction in zip(batch, predictions, strict=True):
+                yield writer.write(frame, prediction)
+                progress.advance()
+            del batch, predictions, frame, prediction  # before the next images are read: they may be large
