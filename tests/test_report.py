@@ -21,9 +21,10 @@ from pcd.reports.contents import best_of, number, protocols_table, scores_table
 from pcd.reports.drawing import GRID, INK, inline, new_figure, style
 from pcd.reports.panels import Predicted, Sample, layers, scales_of, shrink, thicken
 from pcd.reports.published import published
+from pcd.stages.export_bundle import export_bundle
 from pcd.stages.extract import extract
 from pcd.stages.report import evaluated, report
-from pcd.stages.runs import Run
+from pcd.stages.runs import Run, open_run
 from tests.runs_support import runs
 from tests.test_cli import Command, pcd
 from tests.test_extract import toy_recipe
@@ -222,6 +223,13 @@ def test_without_images_the_report_says_why(runs: list[Run], tmp_path: Path) -> 
         provenance.write_text(text)
     assert all(sample.rgb is None for sample in made.contents.samples)
     assert "give --root DIR" in made.page.read_text()
+
+
+def test_a_bundle_is_reported_without_its_training(runs: list[Run], tmp_path: Path) -> None:
+    export_bundle(runs[0], tmp_path / "bundle")
+    made = report([open_run(tmp_path / "bundle")], tmp_path / "out", cache=runs[0].open_cache(), samples=0, device="cpu")
+    assert "training" not in {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert "not known: an exported bundle" in made.page.read_text()
 
 
 def test_the_command(runs: list[Run], pcd: Command, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The command line: one module per command."""
 
-from pcd.cli import cache, demo, doctor, evaluate, extract, predict, protocols, report, run, show, train
+from pcd.cli import cache, demo, doctor, evaluate, export, extract, predict, protocols, report, run, show, train
 from pcd.cli.app import main
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "export",
     "extract",
     "main",
     "predict",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -59,4 +59,20 @@ class Encoder(Protocol):
 
     def embed_text(self, phrases: Sequence[str]) -> torch.Tensor:
         """Float32 `(len(phrases), D)` on the CPU, not normalised. Raises `TextTowerError` without a text tower."""
+        ...
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """What an encoder has beside `Encoder` if runs on it can be exported."""
+
+    def network(self) -> torch.nn.Module:
+        """What `encode` computes as a network of tensor operations: the same views in, the same dictionary out."""
+        ...
+
+    def image_weights(self) -> dict[str, torch.Tensor] | None:
+        """Tensors that, saved as one safetensors file, are all that the option `weights` needs to compute the same columns.
+
+        None if no file is needed, as for random weights, which come from their seed.
+        """
         ...

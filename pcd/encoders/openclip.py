@@ -24,6 +24,8 @@ from pcd.errors import TextTowerError, UsageError, WeightsError
 from pcd.fingerprint import file_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from pcd.encoders.openclip_towers import Towers
@@ -53,6 +55,7 @@ class OpenClipEncoder:
         self.mean, self.std = names.normalisation(names.find_tag(self._architecture, tag) if tag else {})
         self.grid = names.grid_of_view(self._architecture, view_size)
         self.random_weights = options.weights == "random"
+        self._file: Path | None = None
         if self.random_weights:
             towers = openclip_towers.random_towers(self._architecture, view_size, self.precision, options.seed)
             self._weights = {"kind": "random", "digest": towers.digest, "seed": options.seed}
@@ -60,20 +63,20 @@ class OpenClipEncoder:
             named = options.weights != "auto"
             file = find_weights(options.weights) if named else names.published_file(self._architecture, tag)
             towers = openclip_towers.load_towers(self._architecture, view_size, self.precision, read_state(file), file)
-            self._weights = {"kind": "file", "digest": file_digest(file)}
+            self._weights, self._file = {"kind": "file", "digest": file_digest(file)}, file
         self._place(towers)
         self.columns = self._columns()
 
     def _place(self, towers: Towers) -> None:
-        from pcd.encoders.openclip_towers import DTYPES
+        from pcd.encoders.openclip_towers import ImageNetwork
 
-        self._dtype = DTYPES[self.precision]
-        self._visual: Any = towers.visual.to(self.device)
+        self._network = ImageNetwork(towers.visual, self.mean, self.std, self.precision).to(self.device).eval()
+        self._width = int(self._network.visual.output_dim)
         self._text: Any = towers.text.to(self.device) if towers.text is not None else None
         self.has_text = self._text is not None
 
     def _columns(self) -> tuple[ColumnSpec, ...]:
-        patches, width = self.grid[0] * self.grid[1], int(self._visual.output_dim)
+        patches, width = self.grid[0] * self.grid[1], self._width
         return (
             ColumnSpec(
                 "clip/patch",
@@ -121,7 +124,7 @@ class OpenClipEncoder:
             "view_size": list(self.view_size),
             "patch": list(self._architecture.patch),
             "grid": list(self.grid),
-            "width": int(self._visual.output_dim),
+            "width": self._width,
             "text": self.has_text,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -142,21 +145,19 @@ class OpenClipEncoder:
                 f"{self.view_size[1]}), RGB in [0, 1]."
             )
         with torch.no_grad():
-            images = views.to(self.device, non_blocking=True)
-            mean, std = (images.new_tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.std))
-            last = self._visual.forward_intermediates(
-                ((images - mean) / std).to(self._dtype),
-                indices=1,
-                normalize_intermediates=True,  # ln_post
-                intermediates_only=True,
-                output_fmt="NLC",
-                output_extra_tokens=True,
-            )
-            patch = last["image_intermediates"][0] @ self._visual.proj
-            cls = (last["image_intermediates_prefix"][0] @ self._visual.proj)[:, 0].float()
-            columns = {"clip/patch": patch.to(torch.float16), "clip/cls": cls}
+            columns: dict[str, torch.Tensor] = self._network(views.to(self.device, non_blocking=True))
         _check_finite(columns)
         return columns
+
+    def network(self) -> torch.nn.Module:
+        """What `encode` computes, as a network without checks: see `pcd.encoders.base.Exportable`."""
+        return self._network
+
+    def image_weights(self) -> dict[str, torch.Tensor] | None:
+        """The image tower as its file holds it, before interpolation and conversion: see `pcd.encoders.base.Exportable`."""
+        if self._file is None:
+            return None
+        return {key: value for key, value in read_state(self._file).items() if key.startswith("visual.")}
 
     def embed_text(self, phrases: Sequence[str]) -> torch.Tensor:
         """Embeddings of `phrases`, float32 `(len(phrases), D)` on the CPU, not normalised.
@@ -172,7 +173,7 @@ class OpenClipEncoder:
             raise TextTowerError(self._why_no_text())
         tokenizer = find_tokenizer(self._architecture)
         _check_lengths(phrases, tokenizer)
-        embedded = [torch.empty(0, int(self._visual.output_dim))]
+        embedded = [torch.empty(0, self._width)]
         with torch.no_grad():
             for start in range(0, len(phrases), TEXT_BATCH):
                 tokens = tokenizer(list(phrases[start : start + TEXT_BATCH])).to(self.device)

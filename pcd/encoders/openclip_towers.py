@@ -37,6 +37,36 @@ class Towers:
     """With random weights: of the initial values, before interpolation and conversion."""
 
 
+class ImageNetwork(nn.Module):
+    """Views `(B, 3, h, w)`, RGB in [0, 1], through an image tower to the columns `clip/patch` and `clip/cls`.
+
+    Everything between is a tensor operation, so that it can be exported; nothing is checked here.
+    """
+
+    def __init__(self, visual: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: Precision) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.dtype = DTYPES[precision]
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+
+    def forward(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`clip/patch` float16 `(B, P, D)` and `clip/cls` float32 `(B, D)` from one forward pass, both final-layer tokens."""
+        last = self.visual.forward_intermediates(
+            ((views - self.mean) / self.std).to(self.dtype),
+            indices=1,
+            normalize_intermediates=True,  # ln_post
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        patch = last["image_intermediates"][0] @ self.visual.proj
+        cls = (last["image_intermediates_prefix"][0] @ self.visual.proj)[:, 0].float()
+        return {"clip/patch": patch.to(torch.float16), "clip/cls": cls}
+
+
 def random_towers(architecture: Architecture, view_size: Size, precision: Precision, seed: int) -> Towers:
     """Towers with open_clip's random initialisation from `seed`; neither reads nor moves the global random state."""
     with torch.random.fork_rng(devices=[]):

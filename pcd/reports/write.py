@@ -86,8 +86,9 @@ def _figures(contents: Contents) -> Iterator[tuple[str, Figure, str]]:
         yield f"joint-{at}", by_distance(curve.data, curve.colour), f"{curve.name}: {_JOINT}"
         if curve.data["uncertainty"]:
             yield f"uncertainty-{at}", calibration(curve.data["uncertainty"], curve.colour), f"{curve.name}: {_UNSURE}"
-    histories = curves_of(names, [run.history for run in contents.runs])
-    yield "training", training(histories), "Losses and validation by epoch; a ring marks the best epoch."
+    histories = [curve for curve in curves_of(names, [run.history for run in contents.runs]) if curve.data]
+    if histories:
+        yield "training", training(histories), "Losses and validation by epoch; a ring marks the best epoch."
     if contents.differences:
         words = f"Paired differences from {names[0]} with 95 % intervals."
         yield "differences", differences(_difference_rows(contents), names[0]), words

@@ -12,7 +12,7 @@ from pcd.stages.runs import Run
 def facts_of(run: Run, cache: Cache, document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Heading and value of each fact: data, views, encoder and weights, head, training, versions."""
     info, recipe = run.info, run.recipe
-    plan, history = run.plan, run.history
+    plan = run.plan
     tables = ", ".join(f"{name} {table.samples}" for name, table in cache.manifest.tables.items())
     parameters = sum(value.numel() for value in run.new_head().parameters())
     dataset = info["dataset"]
@@ -23,7 +23,7 @@ def facts_of(run: Run, cache: Cache, document: Mapping[str, Any]) -> list[tuple[
         ("views", f"canvas {_size(plan.canvas)}, {plan.tiles} tile(s), {'with' if plan.flips else 'without'} mirrored views"),
         *(("encoder", line) for line in encoder_lines(run)),
         ("head", f"{recipe.head['name']}, {parameters:,} parameters, grid {_size(run.grid)} patches per view"),
-        ("training", _training(history)),
+        ("training", "not known: an exported bundle" if run.bundle else _training(run.history)),
         ("weights scored", f"epoch {document['epoch']}, best for {document['checkpoint']}; sha256 {document['weights'][:16]}"),
         ("seed", str(recipe.train.seed)),
         ("made with", f"pcd {info['pcd']}, torch {info['torch']}, Python {info['python']}"),

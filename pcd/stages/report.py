@@ -171,7 +171,7 @@ def _part(run: Run, cache: Cache, folder: Path, name: str, colour: str) -> RunPa
         labels=run.labels,
         document=document,
         analysis=read_json(folder / ANALYSIS_FILE),
-        history=run.history,
+        history=[] if run.bundle else run.history,
         facts=facts_of(run, cache, document),
         recipe=run.recipe.as_toml(),
     )

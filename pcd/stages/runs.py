@@ -14,6 +14,7 @@ import torch
 import pcd
 from pcd.cache import Cache
 from pcd.errors import FingerprintError, RunError
+from pcd.export import bundle
 from pcd.files import read_json, write_json, write_text
 from pcd.fingerprint import differences, digest
 from pcd.heads import head_options
@@ -27,13 +28,15 @@ RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.toml"
 HISTORY_FILE = "history.json"
 RUNS = Path("runs")
+FIELDS = {"columns", "dataset", "encoders", "frame", "grid", "labels", "shapes", "views"}
+"""What no `run.json` can do without."""
 FREE_KEYS = {"epochs", "residency"}
 """Keys of `[train]` that may differ when a run is continued: neither changes an epoch that was already trained."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run. `info` is what `run.json` holds; see `describe_run` for its fields."""
+    """An opened run, or a bundle of one. `info` is what `run.json` holds; see `describe_run` and `pcd.export.bundle`."""
 
     root: Path
     recipe: Recipe
@@ -60,15 +63,40 @@ class Run:
         return list(self.info["labels"])
 
     @property
+    def bundle(self) -> dict[str, Any] | None:
+        """What a bundle says of itself; None for a run that was trained here."""
+        found: dict[str, Any] | None = self.info.get(bundle.KEY)
+        return found
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder, where it was trained."""
+        return str(self.bundle["run"]) if self.bundle else self.root.resolve().name
+
+    @property
+    def identity(self) -> str:
+        """The same for two trainings of one recipe on the same columns, however long they went on."""
+        return digest({"recipe": _fixed(self.recipe), "columns": self._trained_columns})
+
+    @property
+    def _trained_columns(self) -> dict[str, Any]:
+        columns: dict[str, Any] = self.info.get("trained_columns", self.info["columns"])
+        return columns
+
+    @property
     def best(self) -> dict[str, dict[str, Any]]:
-        """Best validation value and its epoch per watched metric."""
+        """Best validation value and its epoch per watched metric; of a bundle, the metrics that its epoch is best for."""
+        if self.bundle:
+            return dict(self.bundle["best"])
         state = checkpoints.read_state(self.checkpoints / checkpoints.LAST)
         best: dict[str, dict[str, Any]] = state["stopping"]["best"]
         return best
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What each epoch did."""
+        """What each epoch did. Raises `RunError` for a bundle, which does not know."""
+        if self.bundle:
+            raise RunError(f"{self.root} is an exported bundle, which holds no history of its training.")
         history: list[dict[str, Any]] = checkpoints.read_state(self.checkpoints / checkpoints.LAST)["history"]
         return history
 
@@ -89,8 +117,16 @@ class Run:
     def checkpoint_file(self, which: str) -> tuple[Path, int]:
         """The file of checkpoint `last` or of the best epoch of a metric, and the epoch.
 
-        Raises `RunError` for a metric that was not watched or a run without a finished epoch.
+        Raises `RunError` for a metric that was not watched, a run without a finished epoch, or another epoch than a bundle's.
         """
+        if self.bundle:
+            names = {self.bundle["checkpoint"], *self.bundle["best"]}
+            if which not in names:
+                raise RunError(
+                    f"{self.root} is a bundle of epoch {self.bundle['epoch']} alone, which is not that of checkpoint "
+                    f"{which!r}; give --checkpoint {self.bundle['checkpoint']}."
+                )
+            return self.root / bundle.MODEL_FILE, int(self.bundle["epoch"])
         state = checkpoints.read_state(self.checkpoints / checkpoints.LAST)
         if which == "last":
             return self.checkpoints / checkpoints.LAST, state["epoch"]
@@ -103,12 +139,17 @@ class Run:
         """The trained head in evaluation mode, and the epoch its weights are of."""
         path, epoch = self.checkpoint_file(which)
         head = self.new_head()
-        tensors, _ = checkpoints.load(path)
+        if self.bundle:
+            tensors = {f"{checkpoints.WEIGHTS}{name}": value for name, value in bundle.read_weights(path).items()}
+        else:
+            tensors, _ = checkpoints.load(path)
         checkpoints.load_weights(head, tensors, path)
         return head.to(device).eval(), epoch
 
     def open_cache(self) -> Cache:
-        """The cache the run was trained on. Raises `RunError` if it is no longer where it was."""
+        """The cache the run was trained on. Raises `RunError` if it is no longer where it was, or the run is a bundle."""
+        if self.bundle:
+            raise RunError(f"{self.root} is an exported bundle, which does not know where a cache is; say it with --cache.")
         if not Path(self.info["cache"]).is_dir():
             raise RunError(
                 f"{self.root} was trained on {self.info['cache']}, which is not there; say where it is with --cache."
@@ -120,7 +161,7 @@ class Run:
 
         With `same_data` the whole fingerprint must agree, else only the encoder: another dataset's cache may be scored.
         """
-        for name, trained in self.info["columns"].items():
+        for name, trained in self._trained_columns.items():
             column = cache.manifest.columns.get(name)
             found = column.fingerprint if column else {}
             lines = differences(found, trained) if same_data else differences(found.get("encoder", {}), trained["encoder"])
@@ -133,7 +174,10 @@ class Run:
 
 
 def open_run(root: str | Path) -> Run:
-    """Open the run in folder `root`. Raises `RunError` if there is none."""
+    """Open the run or bundle in folder `root`.
+
+    Raises `RunError` if there is none or it is damaged, `CorruptError` for a bundle whose weights are not those recorded.
+    """
     root = Path(root)
     if not (root / RUN_FILE).is_file():
         raise RunError(f"{root} is not a run: {RUN_FILE} is not there. `pcd train --cache DIR --run {root}` makes one.")
@@ -141,6 +185,11 @@ def open_run(root: str | Path) -> Run:
         info = read_json(root / RUN_FILE)
     except ValueError as error:
         raise RunError(f"{root / RUN_FILE} is damaged: {error}") from None
+    if not isinstance(info, dict) or (missing := FIELDS - info.keys()):
+        lacks = f" (without {', '.join(sorted(missing))})" if isinstance(info, dict) else ""
+        raise RunError(f"{root / RUN_FILE} is not that of a run{lacks}; was it written by something else?")
+    if bundle.KEY in info:
+        info = bundle.opened(root, info)
     return Run(root, load_recipe(root / RECIPE_FILE), info)
 
 
@@ -161,8 +210,11 @@ def default_run_folder(cache: Cache, recipe: Recipe) -> Path:
 def create_or_continue(root: Path, recipe: Recipe, cache: Cache) -> tuple[Run, bool]:
     """The run in `root`, made now or found there; True if it was found. One without a finished epoch is made anew.
 
-    Raises `RunError` naming the keys if the run that is there has another recipe, `FingerprintError` if its cache changed.
+    Raises `RunError` naming the keys if the run that is there has another recipe, and for a bundle; `FingerprintError` if its
+    cache changed.
     """
+    if bundle.is_bundle(root):
+        raise RunError(f"{root} is an exported bundle, which cannot be trained on; give another --run.")
     fresh = Run(root, recipe, describe_run(recipe, cache))
     if not (root / RUN_FILE).is_file() or not (fresh.checkpoints / checkpoints.LAST).is_file():
         write_text(root / RECIPE_FILE, recipe.as_toml())
