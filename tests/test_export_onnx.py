@@ -21,8 +21,8 @@ from pcd.export.onnx import OnnxModel, write_onnx
 from pcd.heads.base import Head
 from pcd.stages import export_onnx as export_stage
 from pcd.stages.export_onnx import Difference, OnnxExport, export_onnx
-from pcd.stages.exportable import load_encoder
 from pcd.stages.predict import Predictor
+from pcd.stages.run_encoder import load_exportable
 from pcd.stages.runs import Run
 from pcd.views import ViewPlan
 from tests.export_support import as_input, picture, train_tiny
@@ -61,7 +61,7 @@ def written_before(exported: OnnxExport, monkeypatch: pytest.MonkeyPatch) -> Non
 def network(run: Run, **options: Any) -> DepthNetwork:
     head, _ = run.load_head("abs_rel", torch.device("cpu"))
     frame = (run.info["frame"][0], run.info["frame"][1])
-    return DepthNetwork(load_encoder(run, None).network(), head, run.plan, frame, **options)
+    return DepthNetwork(load_exportable(run, None).network(), head, run.plan, frame, **options)
 
 
 @pytest.mark.parametrize("size", [FRAME, *OTHERS])

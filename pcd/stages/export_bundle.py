@@ -15,7 +15,7 @@ from pcd.export.staging import staging
 from pcd.files import read_json, write_json, write_text
 from pcd.recipe import Recipe, parse_recipe
 from pcd.stages.evaluate import EVALUATIONS, METRICS_FILE
-from pcd.stages.exportable import encoder_from, load_encoder, other_than_trained
+from pcd.stages.run_encoder import encoder_from, load_exportable, other_than_trained
 from pcd.stages.runs import Run, open_run
 
 
@@ -98,7 +98,7 @@ def _evaluations(run: Run, epoch: int) -> tuple[dict[str, dict[str, Any]], list[
 
 def _put_encoder(run: Run, weights: str | None, staged: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Write the encoder's image weights; returns the fingerprint of the encoder made from them, and what to tell."""
-    tensors = load_encoder(run, weights).image_weights()
+    tensors = load_exportable(run, weights).image_weights()
     if tensors is None:
         return None, ["the encoder's weights are drawn from their seed; there is no file to put in"]
     bundle.save_weights(staged / bundle.ENCODER_FILE, tensors)

@@ -24,8 +24,8 @@ from pcd.files import publish
 from pcd.fingerprint import canonical
 from pcd.heads.base import Head
 from pcd.progress import SILENT, Progress
-from pcd.stages.exportable import load_encoder
 from pcd.stages.predict import Predictor
+from pcd.stages.run_encoder import load_exportable
 from pcd.stages.runs import Run
 
 TOLERANCE = 1e-4
@@ -99,7 +99,7 @@ def export_onnx(
     if out.suffix != ".onnx" or out.is_dir():
         raise UsageError(f"--out {out}: expected the name of a file that ends in .onnx.")
     run = _in_fp32(run)
-    encoder, (head, epoch) = load_encoder(run, weights), run.load_head(checkpoint, torch.device("cpu"))
+    encoder, (head, epoch) = load_exportable(run, weights), run.load_head(checkpoint, torch.device("cpu"))
     frame = (run.info["frame"][0], run.info["frame"][1])
     network = DepthNetwork(encoder.network(), head, run.plan, frame, tta=tta, upsample=upsample)
     metadata = _metadata(run, network, encoder, checkpoint, epoch)

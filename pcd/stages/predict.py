@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from pcd.device import resolve_device
-from pcd.encoders import create_encoder
-from pcd.errors import FingerprintError, RunError, UsageError
+from pcd.errors import UsageError
 from pcd.evaluation.protocol import Upsample
-from pcd.fingerprint import differences
 from pcd.heads.base import Head
 from pcd.prediction.canvas import canvas_of
 from pcd.prediction.result import Prediction
@@ -24,6 +22,7 @@ from pcd.prediction.sources import Source, batched, read_frames
 from pcd.prediction.windows import Layout, Windows, lay_out
 from pcd.prediction.writers import Output, Writer
 from pcd.progress import SILENT, Progress
+from pcd.stages.run_encoder import load_encoder
 from pcd.stages.runs import Run
 from pcd.views import FloatArray, ViewPlan
 
@@ -66,8 +65,7 @@ class Predictor:
         self._head, self.epoch = run.load_head(checkpoint, self._device)
         if uncertainty and type(self._head).distribution is Head.distribution:
             raise UsageError(self._no_distribution())
-        self._encoder = self._load_encoder(weights, device)
-        self._refuse_other_weights()
+        self._encoder = load_encoder(run, weights, device)
 
     def _lay_out(self, scales: Sequence[float], overlap: float) -> list[Layout]:
         if not scales:
@@ -95,28 +93,6 @@ class Predictor:
         if batch < 1:
             raise UsageError(f"batch {batch}: expected 1 image or more.")
         return batch * self.run.plan.tiles * (2 if self._tta else 1), batch
-
-    def _load_encoder(self, weights: str | None, device: str) -> Any:
-        if len(self.run.info["encoders"]) != 1:
-            raise RunError(
-                f"{self.run.root} was trained on {len(self.run.info['encoders'])} encoders; predict knows how to run one."
-            )
-        table = next(iter(self.run.info["encoders"].values()))["table"]
-        options = {key: value for key, value in table.items() if key != "name"}
-        if weights is not None:
-            options["weights"] = weights
-        return create_encoder(table["name"], options, self.run.plan.view_size, device, "encoder")
-
-    def _refuse_other_weights(self) -> None:
-        """Half precision on another device is the same network; anything else is not."""
-        found = {**self._encoder.fingerprint(), "precision": None}
-        for fingerprint in self.run.info["columns"].values():
-            lines = differences(found, {**fingerprint["encoder"], "precision": None})
-            if lines:
-                shown = "\n".join(f"  {line}" for line in lines)
-                raise FingerprintError(
-                    f"{self.run.root} was trained on tokens of another encoder:\n{shown}\nGive --weights PATH."
-                )
 
     def _no_distribution(self) -> str:
         name = self.run.recipe.head["name"]
