@@ -17,6 +17,7 @@ from pcd.evaluation.protocols import CATALOGUE
 from pcd.evaluation.statistics import holm
 from pcd.evaluation.tables import read_scores
 from pcd.progress import SILENT
+from pcd.recipe import parse_recipe
 from pcd.reports.contents import best_of, number, protocols_table, scores_table
 from pcd.reports.drawing import GRID, INK, inline, new_figure, style
 from pcd.reports.panels import Predicted, Sample, layers, scales_of, shrink, thicken
@@ -25,6 +26,7 @@ from pcd.stages.export_bundle import export_bundle
 from pcd.stages.extract import extract
 from pcd.stages.report import evaluated, report
 from pcd.stages.runs import Run, open_run
+from pcd.stages.train import train
 from tests.runs_support import runs
 from tests.test_cli import Command, pcd
 from tests.test_extract import toy_recipe
@@ -211,6 +213,17 @@ def test_runs_scored_on_other_images_are_refused_by_name(runs: list[Run], tmp_pa
     moved = Run(runs[1].root, runs[1].recipe, {**runs[1].info, "cache": str(other.root)})
     with pytest.raises(RunError, match=r"second and first: .*not scored on the same images"):
         report([runs[0], moved], tmp_path / "out", samples=0, device="cpu")
+
+
+def test_a_cache_without_mirrored_views_is_reported_without_tta(tmp_path: Path) -> None:
+    table = toy_recipe().model_dump(exclude_none=True)
+    table["views"]["flips"], table["evaluate"]["tta"] = False, False
+    table["head"] |= {"table_init": "random"}
+    table["train"] |= {"epochs": 1}
+    recipe = parse_recipe(table, "test")
+    run = train(recipe, extract(recipe, tmp_path / "cache", device="cpu").cache, tmp_path / "run", device="cpu")
+    contents = report([run], tmp_path / "out", samples=1, device="cpu").contents
+    assert contents.protocols == ["pureclip[tta=no]", "eigen[tta=no]", "pureclip-paper[tta=no]"]
 
 
 def test_without_images_the_report_says_why(runs: list[Run], tmp_path: Path) -> None:

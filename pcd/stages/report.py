@@ -159,7 +159,8 @@ def evaluated(
             progress.say(f"{folder} is up to date")
             return folder
     progress.say(f"{run.root}: scoring under {len(protocols)} protocols")
-    evaluate(run, cache, split=split, protocols=protocols, checkpoint=checkpoint, device=device, progress=progress)
+    tta = None if cache.manifest.plan.flips else False
+    evaluate(run, cache, split=split, protocols=protocols, checkpoint=checkpoint, tta=tta, device=device, progress=progress)
     return folder
 
 
