@@ -1,6 +1,6 @@
 """The command line: one module per command."""
 
-from pcd.cli import cache, demo, doctor, evaluate, export, extract, predict, protocols, report, run, show, train
+from pcd.cli import cache, demo, doctor, evaluate, export, extract, predict, protocols, report, run, show, sweep, train
 from pcd.cli.app import main
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "report",
     "run",
     "show",
+    "sweep",
     "train",
 ]

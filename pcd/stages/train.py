@@ -23,11 +23,11 @@ from pcd.heads.base import Batch, Head
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
 from pcd.stages.inference import head_predictor, score
+from pcd.stages.reading import OWN, Reading
 from pcd.stages.runs import HISTORY_FILE, Run, create_or_continue, default_run_folder
 from pcd.stages.texts import encoder_digest
 from pcd.training.loop import EpochReport, Loop
-from pcd.training.rows import RowSource, TrainingRows, hold_or_stream
-from pcd.training.targets import row_targets
+from pcd.training.rows import RowSource, TrainingRows
 from pcd.views import TRUTH
 
 
@@ -41,12 +41,13 @@ def train(
     progress: Progress = SILENT,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     through: Callable[[RowSource], RowSource] = lambda source: source,
+    reading: Reading = OWN,
 ) -> Run:
     """Train the head of `recipe` on the cache's train table, validating on its val table; returns the finished run.
 
     The run in `root` (default: a name made of cache and recipe) is continued if it was interrupted; with `resume` there must be
-    one. All columns are read `through` a filter (for baselines that spoil them). Raises `IncompleteError` for missing rows,
-    `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
+    one. All columns are read `through` a filter (for baselines that spoil them); trainings that are given one `reading` share
+    what they read. Raises `IncompleteError` for missing rows, `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
     """
     where = torch.device(resolve_device(device))
     _require(cache, recipe)
@@ -59,9 +60,9 @@ def train(
         return run
     learn, check = cache.table("train"), cache.table("val")
     head, rows = run.new_head().to(where), TrainingRows(learn, recipe.train)
-    _attach(rows, learn, run, through(_source(learn, rows.rows, run, where, progress)), where)
+    _attach(rows, learn, run, reading, through(_source(learn, rows.rows, run, reading, where, progress)), where)
     held_out = check.view_rows(check.usable()).reshape(-1)
-    validate = _validation(run, check, through(_source(check, held_out, run, where, progress)))
+    validate = _validation(run, check, through(_source(check, held_out, run, reading, where, progress)))
     loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, validate, run.checkpoints)
     if loop.resume():
         progress.say(f"{root}: continuing after epoch {loop.epoch}")
@@ -99,18 +100,20 @@ def _require(cache: Cache, recipe: Recipe) -> None:
             table.column(column).require()
 
 
-def _attach(rows: TrainingRows, table: Table, run: Run, source: RowSource, device: torch.device) -> None:
+def _attach(rows: TrainingRows, table: Table, run: Run, reading: Reading, source: RowSource, device: torch.device) -> None:
     """Targets by the recipe's rules, columns from `source`."""
     _, options = head_options(run.recipe.head)
     settings = {"embedding": run.recipe.targets.embedding, "depth": run.recipe.targets.depth}
     depth_range = (options.min_depth, options.max_depth)
     group = TRUTH[run.recipe.views.depth_resize]
-    rows.attach(source, row_targets(table, rows.rows, run.grid, settings, depth_range, group), device)
+    rows.attach(source, reading.targets(table, rows.rows, run.grid, settings, depth_range, group), device)
 
 
-def _source(table: Table, rows: npt.NDArray[np.int64], run: Run, device: torch.device, progress: Progress) -> RowSource:
+def _source(
+    table: Table, rows: npt.NDArray[np.int64], run: Run, reading: Reading, device: torch.device, progress: Progress
+) -> RowSource:
     cls, options = head_options(run.recipe.head)
-    source, words = hold_or_stream(table, cls.reads(options), rows, run.recipe.train.residency, device)
+    source, words = reading.columns(table, cls.reads(options), rows, run.recipe.train.residency, device)
     progress.say(f"{table.name}: {words}")
     return source
 

@@ -1,0 +1,192 @@
+"""Sweep: many variants of a recipe, each with several seeds, trained on one read of a cache and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcd.cache import Cache
+from pcd.errors import PcdError, RunError, UsageError
+from pcd.evaluation.protocol import Protocol
+from pcd.evaluation.scoring import Scorer
+from pcd.files import read_json
+from pcd.fingerprint import digest
+from pcd.heads import head_options
+from pcd.progress import SILENT, Progress
+from pcd.stages.evaluate import EACH, METRICS_FILE, choose_protocols
+from pcd.stages.facts import encoder_lines
+from pcd.stages.reading import shared_reading
+from pcd.stages.report import evaluated
+from pcd.stages.runs import RUN_FILE, Run, default_run_folder, describe_run, open_run
+from pcd.stages.sweep_plan import SweepPlan, Variant
+from pcd.stages.sweep_table import Document, Trained, variant_documents, write_tables
+from pcd.stages.train import train
+from pcd.training import checkpoints
+
+if TYPE_CHECKING:
+    from pcd.training.loop import EpochReport
+
+SWEEPS = Path("sweeps")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that went through. `document` is what `sweep.json` in `root` holds; `failures` are part of it."""
+
+    root: Path
+    document: Document
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Runs that ended in an error: variant, seed, kind and message."""
+        return list(self.document["failures"])
+
+
+def sweep(
+    plan: SweepPlan,
+    cache: Cache,
+    root: Path | None = None,
+    *,
+    protocols: Sequence[str] = (),
+    checkpoint: str = "abs_rel",
+    device: str = "auto",
+    progress: Progress = SILENT,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+) -> Sweep:
+    """Train and evaluate every variant of `plan` with every seed, and write the tables into `root`.
+
+    A run lies in `ROOT/VARIANT/seed-N` and is what `train` alone makes of the same recipe, bit for bit; the columns are read
+    once for all of them. Finished runs are not repeated, an interrupted one goes on. An error of pcd in a run is recorded and
+    does not stop the others. Scored is the test table, or val where there is none, under `protocols` (default: the recipe's),
+    the first of them the main one. Raises `UsageError` for options that do not apply, `RunError` if `root` holds another sweep.
+    """
+    if checkpoint == EACH:
+        raise UsageError("a sweep compares one set of weights per run: give a metric (its best epoch) or last, not each.")
+    root = root or default_sweep_folder(plan, cache)
+    split = "test" if "test" in cache.manifest.tables else "val"
+    chosen = _protocols(plan, cache, root, protocols)
+    _refuse_other_runs(plan, cache, root)
+    reading = shared_reading(cache, [variant.recipe for variant in plan.variants])
+    runs: dict[str, list[Trained]] = {variant.name: [] for variant in plan.variants}
+    failures: list[dict[str, Any]] = []
+    total, labels = len(plan.variants) * len(plan.seeds), [protocol.label for protocol in chosen]
+    for number, (variant, seed) in enumerate(((v, s) for v in plan.variants for s in plan.seeds), start=1):
+        progress.say(f"[{number}/{total}] {variant.name}, seed {seed}")
+        folder = root / variant.name / f"seed-{seed}"
+        try:
+            run = train(
+                variant.seeded(seed), cache, folder, device=device, progress=progress, on_epoch=on_epoch, reading=reading
+            )
+            scored = evaluated(run, cache, split, labels, checkpoint, device, progress)
+        except PcdError as error:
+            progress.stop()
+            progress.say(f"{folder}: failed, the others go on: {error}")
+            failures.append({"variant": variant.name, "seed": seed, "error": type(error).__name__, "message": str(error)})
+        else:
+            runs[variant.name].append(_trained(seed, run, scored))
+    document = _document(plan, cache, root, split, checkpoint, chosen, runs, failures)
+    write_tables(root, document)
+    return Sweep(root, document)
+
+
+def default_sweep_folder(plan: SweepPlan, cache: Cache) -> Path:
+    """`sweeps/CACHE-SWEEP-DIGEST`: the same variants find their runs again, with whatever seeds."""
+    identity = digest([(variant.name, default_run_folder(cache, variant.seeded(0)).name) for variant in plan.variants])
+    return SWEEPS / f"{cache.root.resolve().name}-{plan.name}-{identity[:8]}"
+
+
+def _training(variant: Variant) -> tuple[Any, ...]:
+    """What a variant's training follows from, defaults filled in; equal for variants that train the same."""
+    recipe = variant.seeded(0)
+    return *head_options(recipe.head), recipe.targets, recipe.train, recipe.views.depth_resize
+
+
+def _protocols(plan: SweepPlan, cache: Cache, root: Path, names: Sequence[str]) -> list[Protocol]:
+    """The protocols every run is scored under; found before hours of training if they do not fit the frames."""
+    recipe = plan.variants[0].recipe
+    run = Run(root, recipe, describe_run(recipe, cache))
+    chosen = choose_protocols(run, cache, names, None, None)
+    Scorer(chosen, cache.manifest.plan)
+    for protocol in chosen:
+        if protocol.resolution == "native":
+            protocol.region_in(*run.info["frame"])
+    return chosen
+
+
+def _refuse_other_runs(plan: SweepPlan, cache: Cache, root: Path) -> None:
+    """Raise `RunError` if a run that this sweep would continue was begun with another recipe or on other columns."""
+    for variant in plan.variants:
+        for seed in plan.seeds:
+            folder = root / variant.name / f"seed-{seed}"
+            if not (folder / RUN_FILE).is_file() or not (folder / checkpoints.FOLDER / checkpoints.LAST).is_file():
+                continue
+            wanted = Run(folder, variant.seeded(seed), describe_run(variant.recipe, cache))
+            if open_run(folder).identity != wanted.identity:
+                raise RunError(
+                    f"{root} holds another sweep: {folder} was trained with another recipe or on another cache than variant "
+                    f"{variant.name} asks for. Give another --out, or the options of the sweep that is there."
+                )
+
+
+def _trained(seed: int, run: Run, folder: Path) -> Trained:
+    document = read_json(folder / METRICS_FILE)
+    metrics = {label: scores["metrics"] for label, scores in document["protocols"].items()}
+    return Trained(seed, run.root, document["epoch"], metrics, folder / "samples.csv")
+
+
+def _document(
+    plan: SweepPlan,
+    cache: Cache,
+    root: Path,
+    split: str,
+    checkpoint: str,
+    protocols: Sequence[Protocol],
+    runs: dict[str, list[Trained]],
+    failures: list[dict[str, Any]],
+) -> Document:
+    """What `sweep.json` holds."""
+    main, recipe = protocols[0], plan.variants[0].recipe
+    run = Run(root, recipe, describe_run(recipe, cache))
+    family = cache.manifest.dataset["family"]
+    variants = variant_documents(plan.variants, runs, main.label, family, plan.paper)
+    for number, (document, variant) in enumerate(zip(variants, plan.variants, strict=True)):
+        same = [earlier.name for earlier in plan.variants[:number] if _training(earlier) == _training(variant)]
+        document["same_as"] = same[0] if same else None
+    return {
+        "sweep": plan.name,
+        "description": plan.description,
+        "root": str(root),
+        "cache": str(cache.root),
+        "dataset": run.info["dataset"],
+        "encoders": encoder_lines(run),
+        "labels": run.labels,
+        "split": split,
+        "samples": len(cache.table(split).usable()),
+        "checkpoint": checkpoint,
+        "protocol": main.label,
+        "description_of_protocol": main.describe(),
+        "protocols": [protocol.label for protocol in protocols],
+        "seeds": list(plan.seeds),
+        "reference": plan.variants[0].name,
+        "variants": variants,
+        "failures": failures,
+        "printed_source": plan.paper.source if plan.paper else None,
+        "printed_notes": _printed_notes(plan, run, cache, main, checkpoint),
+    }
+
+
+def _printed_notes(plan: SweepPlan, run: Run, cache: Cache, protocol: Protocol, checkpoint: str) -> list[str]:
+    """What makes the numbers in print differ from ours."""
+    if plan.paper is None:
+        return []
+    family, encoders = run.info["dataset"]["family"], "; ".join(encoder_lines(run))
+    notes = [f"in print: {plan.paper.source}: {plan.paper.notes[family]}"] if family in plan.paper.notes else []
+    nearest = choose_protocols(run, cache, [plan.paper.protocol], None, None)[0] if plan.paper.protocol else protocol
+    if nearest.label != protocol.label:
+        notes.append(f"in print: nearest to protocol {nearest.label}; ours are under {protocol.label} (--protocol chooses)")
+    samples = len(cache.table("train").usable())
+    train = run.recipe.train
+    ours = f"ours: {encoders}; {samples} training samples, at most {train.epochs} epochs, epoch best for {checkpoint}"
+    return [*notes, ours]

@@ -1,0 +1,278 @@
+"""What a sweep compares: a TOML file of variants, or a grid over keys of a recipe, resolved before anything is trained.
+
+recipe = "kitti"            # absent: the recipe of the cache's dataset
+seeds = [0, 1, 2]
+set = { "train.epochs" = 50 }               # for all variants
+[variants.baseline]                         # the first is the reference
+[variants.no-cls]
+head.cls = false
+[grid]                                      # every combination is one variant more
+"head.dropout" = [0.0, 0.1]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from pcd.cache import Cache
+from pcd.errors import RecipeError, UsageError, suggest
+from pcd.evaluation.metrics import METRICS
+from pcd.heads import head_options
+from pcd.recipe import INSTALLED, RECIPE_FOLDER, Recipe, Section, find_recipe, known_recipes, parse_table
+from pcd.stages.recipes import training_recipe
+
+ABLATIONS = "ablations"
+SEEDS = (0, 1, 2)
+_FIXED = ("name", "description", "extends", "dataset", "views", "encoder", "evaluate")
+_FIXED_KEYS = {"train.seed": "the seeds are those of the sweep (--seeds)", "train.residency": "columns are read once for all"}
+_NAME = re.compile(r"\w[\w.,=+-]*")
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Values = Mapping[str, Mapping[str, float]]
+"""Printed numbers: family of datasets, metric, value."""
+
+
+class Printed(Section):
+    """`[paper]`: where the numbers come from that the variants carry, and what makes them differ from ours."""
+
+    source: str
+    protocol: str = ""
+    """The protocol of ours that comes nearest."""
+    metres_per_unit: dict[str, float] = Field(default_factory=dict)
+    """What a printed length of a family is multiplied by to be metres; absent: 1."""
+    notes: dict[str, str] = Field(default_factory=dict)
+    """What differs, by family."""
+
+
+class _VariantTable(BaseModel):
+    """`[variants.NAME]`: printed numbers, and overrides."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    paper: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+
+class _SweepFile(Section):
+    """A sweep file."""
+
+    description: str = ""
+    recipe: str | None = None
+    seeds: Seeds = SEEDS
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    paper: Printed | None = None
+
+
+class _Seeds(Section):
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recipe of a sweep: its name, what it changes as `key=value`, the resolved recipe, and numbers in print."""
+
+    name: str
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    paper: Values
+
+    def seeded(self, seed: int) -> Recipe:
+        """The recipe with this seed."""
+        return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"seed": seed})})
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Everything a sweep does: every variant with every seed. The first variant is the reference."""
+
+    name: str
+    description: str
+    seeds: tuple[int, ...]
+    variants: tuple[Variant, ...]
+    paper: Printed | None = None
+
+
+def plan_sweep(
+    cache: Cache,
+    name: str | None = None,
+    *,
+    recipe: str | None = None,
+    vary: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+) -> SweepPlan:
+    """The sweep called `name` (a file, a name in `pipelines/ablations`, or a recipe to `vary`) on a cache.
+
+    `vary` holds `key=value,value`: every combination is a variant. `recipe`, `seeds` replace those of the file; `overrides`
+    (`key=value`) hold for all variants, unless a variant says otherwise. Raises `RecipeError` naming file, variant and key.
+    """
+    path = find_sweep(name) if name else None
+    if path is None:
+        if not vary:
+            raise UsageError(_nothing(name))
+        file, recipe, where = _SweepFile(), recipe or name, f"sweep of recipe {name or 'of the dataset'}"
+    else:
+        file, where = parse_table(_SweepFile, _read(path), str(path)), str(path)
+    chosen = parse_table(_Seeds, {"seeds": tuple(file.seeds if seeds is None else seeds)}, "--seeds" if seeds else where).seeds
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"{where}: a seed is named twice: {', '.join(map(str, chosen))}.")
+    common = [*_flat(file.set, f"{where}: set"), *overrides]
+    _refuse([key for key in map(_key, common) if key == "train.seed"], f"{where}: --set")
+    if not cache.manifest.plan.flips:
+        common = ["evaluate.tta=false", *common]
+    grid = {key: _values(value, f"{where}: grid.{key}") for key, value in _pairs(file.grid)} | dict(map(_vary, vary))
+    parts = [_named(variant, table, where) for variant, table in file.variants.items()]
+    parts += [(label, changes, {}) for label, changes in _combinations(grid, where)]
+    if not parts:
+        raise RecipeError(f"{where}: no variants; a sweep needs [variants.NAME] tables or a [grid].")
+    if len({label for label, *_ in parts}) < len(parts):
+        raise RecipeError(f"{where}: two variants have one name: {', '.join(label for label, *_ in parts)}.")
+    base = recipe or file.recipe
+    variants = tuple(
+        Variant(label, changes, _resolve(cache, base, [*common, *changes], f"{where}: variants.{label}"), paper)
+        for label, changes, paper in parts
+    )
+    return SweepPlan(
+        path.stem if path else f"{recipe or cache.manifest.dataset['name']}", file.description, chosen, variants, file.paper
+    )
+
+
+def find_sweep(name: str) -> Path | None:
+    """The sweep file of that path or name; None if it is a recipe. Raises `RecipeError` for neither."""
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path if {"variants", "grid"} & _read(path).keys() else None
+    for folder in (RECIPE_FOLDER, INSTALLED):
+        if (found := folder / ABLATIONS / f"{name}.toml").is_file():
+            return found
+    if name not in known_recipes():
+        known = [*known_sweeps(), *known_recipes()]
+        raise RecipeError(f"{name!r} is neither a sweep nor a recipe.{suggest(name, known)}")
+    return None
+
+
+def known_sweeps() -> list[str]:
+    """Names of the sweeps in `pipelines/ablations` and of those that came with pcd, sorted."""
+    return sorted({file.stem for folder in (RECIPE_FOLDER, INSTALLED) for file in (folder / ABLATIONS).glob("*.toml")})
+
+
+def _nothing(name: str | None) -> str:
+    if name is None:
+        return f"nothing to compare: give a sweep (known: {', '.join(known_sweeps())}) or --vary KEY=VALUE,VALUE."
+    return (
+        f"{find_recipe(name)} is a recipe, which alone is nothing to compare: give --vary KEY=VALUE,VALUE, "
+        "or a file with [variants.NAME] tables."
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
+def _named(name: str, table: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...], Values]:
+    """Name, overrides and printed numbers of a `[variants.NAME]` table."""
+    place = f"{where}: variants.{name}"
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"{place}: a variant is a folder; use letters, digits and . , = + - _ in its name.")
+    found = parse_table(_VariantTable, table, place)
+    for family, values in found.paper.items():
+        if unknown := [metric for metric in values if metric not in METRICS]:
+            raise RecipeError(f"{place}: paper.{family}: unknown metric {unknown[0]!r}.{suggest(unknown[0], METRICS)}")
+    changes = tuple(_flat(found.model_extra or {}, place))
+    _refuse(map(_key, changes), place)
+    return name, changes, found.paper
+
+
+def _combinations(grid: Mapping[str, list[str]], where: str) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """Name and overrides of every combination, the last key turning fastest."""
+    _refuse(grid, f"{where}: grid")
+    if empty := [key for key, values in grid.items() if not values]:
+        raise RecipeError(f"{where}: grid: {empty[0]} has no values.")
+    if not grid:
+        return
+    tails = [key.rpartition(".")[2] for key in grid]
+    short = [tail if tails.count(tail) == 1 else key for key, tail in zip(grid, tails, strict=True)]
+    for values in itertools.product(*grid.values()):
+        label = ",".join(f"{key}={value}" for key, value in zip(short, values, strict=True))
+        name = re.sub(r"[^\w.,=+-]+", "_", label.replace('"', "")).strip("_")
+        yield name, tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
+
+
+def _refuse(keys: Iterable[str], where: str) -> None:
+    """Raise `RecipeError` for keys that all variants of one cache share."""
+    for key in keys:
+        if key in _FIXED_KEYS:
+            raise RecipeError(f"{where}: {key} cannot be set here: {_FIXED_KEYS[key]}.")
+        if key.split(".")[0] in _FIXED and key != "views.depth_resize":
+            raise RecipeError(
+                f"{where}: {key} cannot vary: all variants read one cache and are scored alike. A variant may change head.*, "
+                "targets.*, train.* and views.depth_resize; --set changes a key for all."
+            )
+
+
+def _resolve(cache: Cache, recipe: str | None, overrides: Sequence[str], where: str) -> Recipe:
+    try:
+        resolved = training_recipe(cache, recipe, overrides)
+        head_options(resolved.head, "head")
+    except UsageError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    return resolved
+
+
+def _vary(text: str) -> tuple[str, list[str]]:
+    """Key and values of a `--vary KEY=VALUE,VALUE`; commas inside brackets and quotes separate nothing."""
+    key, equals, values = text.partition("=")
+    parts = [""]
+    for token in re.findall(r"""\[[^\]]*\]|"[^"]*"|'[^']*'|.""", values):
+        parts = [*parts, ""] if token == "," else [*parts[:-1], parts[-1] + token]
+    if not equals or not key.strip() or not all(part.strip() for part in parts):
+        raise UsageError(f"--vary {text}: expected KEY=VALUE,VALUE, for example --vary head.dropout=0,0.1,0.2")
+    return key.strip(), [part.strip() for part in parts]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _pairs(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables under their dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _pairs(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _flat(table: Mapping[str, Any], where: str) -> list[str]:
+    """Nested tables as `dotted.key=value`."""
+    return [f"{key}={_text(value, f'{where}: {key}')}" for key, value in _pairs(table)]
+
+
+def _values(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list):
+        raise RecipeError(f"{where} = {value!r}: expected a list of values.")
+    return [_text(item, where) for item in value]
+
+
+def _text(value: Any, where: str) -> str:
+    """A TOML value as it is written, on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(_text(item, where) for item in value)}]"
+    if isinstance(value, str | bool):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int | float):
+        return repr(value)
+    raise RecipeError(f"{where}: {value!r} is no value of a recipe.")
