@@ -11,10 +11,11 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from pcd.errors import RecipeError, suggest
 
@@ -84,7 +85,10 @@ class TargetsSection(Section):
 
 
 class TrainSection(Section):
-    """`[train]`: the loop around a head; what is optimised and how belongs to the head."""
+    """`[train]`: the loop around a head; what is optimised and at which rates belongs to the head.
+
+    The keys from `decay` to `joint` steady the training; their defaults are the published procedure.
+    """
 
     epochs: Annotated[int, Field(gt=0)] = 200
     batch_size: Annotated[int, Field(gt=0)] = 8
@@ -97,11 +101,33 @@ class TrainSection(Section):
     patience: Annotated[int, Field(gt=0)] = 50
     decay_start: Annotated[int, Field(ge=0)] = 20
     decay_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    decay: Literal["plateau", "cosine"] = "plateau"
+    """When the learning rates fall to `decay_floor`: while nothing improves, from `decay_start` to `patience`; or over
+    `decay_epochs`, whatever validation says."""
+    decay_epochs: Annotated[int, Field(gt=0)] | None = None
+    """Epochs of the cosine; absent: all `epochs`. A run that goes on for more of them stays at `decay_floor`."""
+    switch_warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises to its value after every switch of phase, and at the very start. 0: none."""
+    grad_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of the gradient over all parameters of the phase. 0: no limit."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of the average of the weights that is validated and kept in their place. 0: the weights themselves."""
+    joint: bool = False
+    """Every step on the losses of all phases, with one optimiser, instead of phases that take turns."""
     monitor: Names = ("delta1", "delta2", "delta3", "abs_diff", "abs_rel", "log10", "rmse")
     protocol: str = "pureclip"
     """Validation protocol, scored each epoch from the cached canvas depth."""
     residency: Literal["auto", "host", "stream"] = "auto"
     """Hold the columns in memory, or read each batch from the cache."""
+
+    @model_validator(mode="after")
+    def _cosine_has_epochs(self) -> Self:
+        """Write down how long the cosine is: continued with another `epochs`, a run must not follow another curve."""
+        if self.decay == "plateau" and self.decay_epochs is not None:
+            raise PydanticCustomError("decay_epochs", 'decay_epochs belongs to decay = "cosine"')
+        if self.decay == "cosine" and self.decay_epochs is None:
+            object.__setattr__(self, "decay_epochs", self.epochs)  # the section is frozen for everybody else
+        return self
 
 
 class EvaluateSection(Section):

@@ -171,12 +171,14 @@ def test_early_stopping_and_decay() -> None:
     assert other == stopping
 
 
-def make_loop(cache: Cache, folder: Path, epochs: int, validate: Any = None, **options: Any) -> Loop:
+def make_loop(
+    cache: Cache, folder: Path, epochs: int, validate: Any = None, train: dict[str, Any] | None = None, **options: Any
+) -> Loop:
     torch.manual_seed(5)
     defaults: dict[str, Any] = {"min_depth": 0.1, "max_depth": 10.0, "embedding": {"steps": 2}, "depth": {"steps": 2}}
     shapes = {"clip/patch": (16, 6), "clip/cls": (6,)}
     head = PureClipHead(PureClipOptions.model_validate({**defaults, **options}), shapes, GRID)
-    settings = TrainSection(epochs=epochs, batch_size=4, monitor=("rmse",))
+    settings = TrainSection(epochs=epochs, batch_size=4, monitor=("rmse",), **(train or {}))
     return Loop(head, make_rows(cache, batch_size=4), settings, frozenset(), validate or _validate, folder)
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors files that appear whole, with their plain state as JSON in the header.
 
 `last.safetensors` holds all that is needed to go on as if nothing had happened; `epoch-NNNN.safetensors` the weights of an
-epoch that is the best of some metric. Which epoch is best for what stands in `last`, so there is one truth.
+epoch that is the best of some metric. Which epoch is best for what stands in `last`, so there is one truth. With `train.ema`
+the weights are the averaged ones everywhere, and `last` holds besides them those that training goes on with.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from pcd.errors import CorruptError, RunError
 from pcd.files import write_bytes
 from pcd.heads.base import Phase
+from pcd.training.steps import Average
 
 LAST = "last.safetensors"
 FOLDER = "checkpoints"
 STATE = "state"
 WEIGHTS = "weights."
 OPTIMISER = "optimiser."
+LIVE = "live."
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
@@ -71,6 +74,19 @@ def load_weights(head: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
         head.load_state_dict(own, strict=True)
     except RuntimeError as error:
         raise RunError(f"{path}: the weights do not fit the head of the run's recipe: {error}") from None
+
+
+def live_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights behind an average under the names a checkpoint gives them."""
+    return {f"{LIVE}{name}": value for name, value in values.items()}
+
+
+def restore_live(average: Average, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The inverse of `live_tensors`. Raises `RunError` for a checkpoint of a training without an average."""
+    live = {name.removeprefix(LIVE): value for name, value in tensors.items() if name.startswith(LIVE)}
+    if live.keys() != average.values.keys():
+        raise RunError(f"{path} holds no weights behind an average; it was trained with train.ema = 0. Give the same options.")
+    average.put(live)
 
 
 def optimiser_tensors(phases: tuple[Phase, ...], optimisers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:

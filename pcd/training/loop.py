@@ -1,10 +1,11 @@
-"""The training loop: alternating phases, validation each epoch, early stopping, checkpoints, exact resume."""
+"""The training loop: phases in turns, validation each epoch, early stopping, checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from pcd.heads.base import Head, Phase
 from pcd.recipe import TrainSection
 from pcd.training import checkpoints
 from pcd.training.rows import TrainingRows, random_stream
-from pcd.training.schedule import EarlyStopping
+from pcd.training.schedule import EarlyStopping, cosine
+from pcd.training.steps import Average, Turn, Turns, add_gradient, clip
 
 Metrics = Mapping[str, float]
 
@@ -65,11 +67,12 @@ class Loop:
         self._settings = settings
         self._validate = validate
         self._folder = folder
-        self._phases = head.phases()
-        if not self._phases:
+        phases = head.phases()
+        if not phases:
             raise TrainingError("nothing is trained: every phase has 0 steps or no trainable parameters.")
-        self._optimisers = {phase.name: _optimiser(phase) for phase in self._phases}
-        self._cycle = [phase for phase in self._phases for _ in range(phase.steps)]
+        self._turns = Turns(phases, settings.joint)
+        self._optimisers = {phase.name: _optimiser(phase) for phase in self._turns.phases}
+        self._average: Average | None = None
 
     @property
     def finished(self) -> bool:
@@ -83,7 +86,10 @@ class Loop:
             return False
         tensors, state = checkpoints.load(path)
         checkpoints.load_weights(self.head, tensors, path)
-        checkpoints.restore_optimisers(self._phases, self._optimisers, tensors)
+        checkpoints.restore_optimisers(self._turns.phases, self._optimisers, tensors)
+        if self._settings.ema:
+            self._average = Average(self._turns.phases, self._settings.ema)
+            checkpoints.restore_live(self._average, tensors, path)
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.stopping.restore(state["stopping"])
         return True
@@ -95,30 +101,44 @@ class Loop:
                 f"an epoch has no batch: {len(self._rows.rows)} rows, batch_size {self._settings.batch_size}, "
                 "drop_last; lower train.batch_size or set train.drop_last=false."
             )
+        if self._settings.ema and self._average is None:
+            self._average = Average(self._turns.phases, self._settings.ema)
         while not self.finished:
             on_epoch(self._run_epoch())
 
     def _run_epoch(self) -> EpochReport:
         begin = time.perf_counter()
-        factor = self.stopping.factor
+        factor = self._factor()
         losses, rows = self._train(factor)
         trained = time.perf_counter() - begin
-        metrics = {name: float(value) for name, value in self._validate(self.head).items()}
-        self.epoch += 1
-        improved = self.stopping.update(self.epoch, metrics)
-        report = EpochReport(
-            self.epoch,
-            self.step,
-            losses,
-            metrics,
-            improved,
-            self.stopping.wait,
-            factor,
-            rows / trained,
-            time.perf_counter() - begin,
-        )
-        self._save(report)
+        with self._weights_to_keep() as live:
+            metrics = {name: float(value) for name, value in self._validate(self.head).items()}
+            self.epoch += 1
+            improved = self.stopping.update(self.epoch, metrics)
+            report = EpochReport(
+                self.epoch,
+                self.step,
+                losses,
+                metrics,
+                improved,
+                self.stopping.wait,
+                factor,
+                rows / trained,
+                time.perf_counter() - begin,
+            )
+            self._save(report, live)
         return report
+
+    def _factor(self) -> float:
+        """What the learning rates of the coming epoch are multiplied by."""
+        settings = self._settings
+        if settings.decay == "plateau":
+            return self.stopping.factor
+        return cosine(self.epoch, settings.decay_epochs or settings.epochs, settings.decay_floor)
+
+    def _weights_to_keep(self) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """The head with the weights that are validated and kept; gives the weights behind an average."""
+        return nullcontext({}) if self._average is None else self._average.in_place()
 
     def _train(self, factor: float) -> tuple[dict[str, float], int]:
         """One pass over the rows; returns mean losses and the number of rows."""
@@ -130,28 +150,32 @@ class Loop:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(random_stream(self._settings.seed, self.epoch, 1).integers(2**62)))
             for batch in self._rows.epoch(self.epoch):
-                phase = self._cycle[self.step % len(self._cycle)]
-                losses = self.head.losses(batch, phase.name)
-                self._optimise(phase, losses["total"], factor)
+                turn, learnt = self._turns.at(self.step), False
+                for term in turn.terms:
+                    losses = self.head.losses(batch, term.name)
+                    learnt = add_gradient(losses["total"], term) or learnt
+                    for name, value in losses.items():
+                        key = f"{term.name}/{name}"
+                        sums[key] = sums.get(key, 0) + value.detach()
+                        numbers[key] = numbers.get(key, 0) + int(value.requires_grad)
                 self.step += 1
+                if learnt:
+                    self._optimise(turn, factor)
                 rows += len(next(iter(batch.columns.values())))
-                for name, value in losses.items():
-                    key = f"{phase.name}/{name}"
-                    sums[key] = sums.get(key, 0) + value.detach()
-                    numbers[key] = numbers.get(key, 0) + int(value.requires_grad)
         means = {key: float(value) / max(numbers[key], 1) for key, value in sums.items()}
         self._check(means, numbers)
         return means, rows
 
-    def _optimise(self, phase: Phase, total: Tensor, factor: float) -> None:
-        if not total.requires_grad:  # nothing in the batch to learn from
-            return
-        optimiser = self._optimisers[phase.name]
+    def _optimise(self, turn: Turn, factor: float) -> None:
+        """Move the weights along the gradient. `step` already counts this step."""
+        optimiser = self._optimisers[turn.phase.name]
         for group in optimiser.param_groups:
-            group["lr"] = phase.lr * factor
-        total.backward()  # type: ignore[no-untyped-call]
+            group["lr"] = turn.phase.lr * factor * turn.rate(self._settings.switch_warmup)
+        clip(turn.phase, self._settings.grad_clip)
         optimiser.step()
         self.head.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update(self.step)
 
     def _check(self, means: Mapping[str, float], numbers: Mapping[str, int]) -> None:
         bad = [key for key, value in means.items() if not math.isfinite(value)]
@@ -165,7 +189,7 @@ class Loop:
                 "no training patch has valid depth under the recipe's rules; check the depth range of the head and [targets]."
             )
 
-    def _save(self, report: EpochReport) -> None:
+    def _save(self, report: EpochReport, live: Mapping[str, Tensor]) -> None:
         """Weights of a best epoch first, then `last`, which speaks of them; then what nobody speaks of goes."""
         self.history.append(report.__dict__)
         weights = checkpoints.weights_of(self.head)
@@ -173,8 +197,9 @@ class Loop:
             path = checkpoints.epoch_file(self._folder, self.epoch)
             checkpoints.save(path, weights, {"epoch": self.epoch, "metrics": report.metrics})
         state = {"epoch": self.epoch, "step": self.step, "stopping": self.stopping.state(), "history": self.history}
-        moments = checkpoints.optimiser_tensors(self._phases, self._optimisers)
-        checkpoints.save(self._folder / checkpoints.LAST, {**weights, **moments}, state)
+        tensors = {**weights, **checkpoints.live_tensors(live)}
+        tensors |= checkpoints.optimiser_tensors(self._turns.phases, self._optimisers)
+        checkpoints.save(self._folder / checkpoints.LAST, tensors, state)
         checkpoints.prune(self._folder, self.stopping.kept_epochs)
 
 

@@ -1,7 +1,8 @@
-"""Early stopping and learning-rate decay on validation metrics (paper, section 3.3)."""
+"""Early stopping and learning-rate decay: on validation metrics (paper, section 3.3), or over the epochs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -68,3 +69,8 @@ class EarlyStopping:
         """The inverse of `state`."""
         self.wait = int(state["wait"])
         self.best = {name: Best(**best) for name, best in state["best"].items()}
+
+
+def cosine(epoch: int, epochs: int, floor: float) -> float:
+    """What the learning rate is multiplied by in the epoch after `epoch` whole ones: 1 at first, `floor` from `epochs` on."""
+    return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
