@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pcd.errors import RecipeError, TrainingError
+from pcd.heads import factored
 from pcd.heads.base import Batch, Context, Head, HeadOptions, Phase, gather_valid
 from pcd.heads.bins import DepthBins, Distribution
 from pcd.losses import alignment_loss, info_nce_loss, pixel_rmse
@@ -168,10 +169,20 @@ class PureClipHead(Head):
 
         The CLS token is normalised before the concatenation, the patch token is not (as in the released code).
         """
+        shared = None if cls is None else F.normalize(cls.float(), dim=-1)
+        if self.training:
+            return self._embed_in_training(patch, shared, view)
         rotated = self.phi(patch.float())
-        if cls is not None:
-            rotated = torch.cat([rotated, F.normalize(cls.float(), dim=-1)[view]], dim=-1)
+        if shared is not None:
+            rotated = torch.cat([rotated, shared[view]], dim=-1)
         return F.normalize(self.psi(rotated), dim=-1)
+
+    def _embed_in_training(self, patch: Tensor, shared: Tensor | None, view: Tensor) -> Tensor:
+        """The same to rounding, for less. Evaluation keeps to the modules, which an exporter can trace."""
+        rotated = factored.mlp(self.phi, patch.float())
+        if shared is None:
+            return factored.unit_rows(factored.mlp(self.psi, rotated))
+        return factored.unit_rows(factored.mlp_with_view(self.psi, rotated, shared, view))
 
     def expected_depth(self, fused: Tensor) -> Tensor:
         """Equations 3 to 5: metres `(M,)` of unit vectors `(M, D)`."""
