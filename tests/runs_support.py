@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,9 @@ from pcd.stages.train import train
 from tests.test_extract import toy_recipe
 
 
-def toy_runs(root: Path) -> list[Run]:
+def toy_runs(root: Path, dataset: dict[str, Any] | None = None) -> list[Run]:
     """Runs `first` and `second` (without CLS) on one toy cache, three epochs each."""
-    cache = extract(toy_recipe(), root / "cache", device="cpu").cache
+    cache = extract(toy_recipe(dataset=dataset or {}), root / "cache", device="cpu").cache
     runs = []
     for name, cls in (("first", True), ("second", False)):
         table = toy_recipe().model_dump(exclude_none=True)

@@ -17,7 +17,7 @@ import zarr
 import pcd
 from pcd.stages.evaluate import evaluate
 from pcd.stages.runs import Run
-from tests.runs_support import runs
+from tests.runs_support import runs, toy_runs
 from tests.test_cli import Command
 from tests.test_cli import pcd as command
 
@@ -77,6 +77,13 @@ def test_the_pooled_bias_is_the_same_by_either_binning(folder: Path) -> None:
         sum(row["pixels"] * row["bias"] for row in rows if row["pixels"]) for rows in (scores["by_depth"], analysis["by_depth"])
     )
     assert first == pytest.approx(second)
+
+
+def test_one_image_alone_has_no_interval(tmp_path: Path) -> None:
+    run = toy_runs(tmp_path, {"test": 1})[0]
+    scores = evaluate(run, protocols=["eigen"], device="cpu").result["protocols"]["eigen"]
+    assert scores["images"] == 1
+    assert set(map(tuple, scores["intervals"].values())) == {(None, None)}
 
 
 def test_every_metric_from_its_own_epoch_keeps_its_interval(runs: list[Run]) -> None:

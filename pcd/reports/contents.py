@@ -91,6 +91,11 @@ def number(value: Any, digits: int = 3) -> str:
     return text.lstrip("-") if float(text) == 0 else text
 
 
+def span(low: float, high: float, digits: int) -> str:
+    """A range as it is shown."""
+    return f"{number(low, digits)}{' to ' if low < 0 else '–'}{number(high, digits)}"
+
+
 def _score(scores: Mapping[str, Any], name: str, kind: str = "") -> Cell:
     value, limits, digits = scores["metrics"].get(name), scores["intervals"].get(name), DIGITS.get(name, 3)
     small = (
@@ -125,7 +130,7 @@ def scores_table(contents: Contents, protocol: str) -> Table:
 def _images(scores: Mapping[str, Any]) -> str:
     tiles = f", {scores['tiles']} tiles" if "tiles" in scores else ""
     excluded = f", {scores['excluded']} without valid pixels left out" if scores["excluded"] else ""
-    return f"{scores['images']} images{tiles}{excluded}"
+    return f"{scores['images']} image{'' if scores['images'] == 1 else 's'}{tiles}{excluded}"
 
 
 PRINTED = ("abs_rel", "rmse", "log10", "rmse_log", "delta1", "delta2", "delta3")
@@ -159,8 +164,7 @@ def protocols_table(contents: Contents, run: RunPart) -> Table:
 
 
 def _span(name: str, values: Sequence[float]) -> str:
-    digits = DIGITS.get(name, 3)
-    return f"{number(min(values), digits)}–{number(max(values), digits)}"
+    return span(min(values), max(values), DIGITS.get(name, 3))
 
 
 def differences_table(contents: Contents) -> Table:
@@ -178,7 +182,7 @@ def differences_table(contents: Contents) -> Table:
                 heading(item.metric),
                 Cell(number(found.second)),
                 Cell(number(found.first)),
-                Cell(f"{found.difference:+.4f}", f"{found.low:+.4f} – {found.high:+.4f}"),
+                Cell(f"{found.difference:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}"),
                 Cell(_p(found.p_value), f"adjusted {_p(item.adjusted)}"),
                 Cell(f"{wins} of {found.images}"),
                 Cell(verdict, kind=("good" if good else "bad") if decided else ""),

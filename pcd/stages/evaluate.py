@@ -163,10 +163,14 @@ def _score_one(
 
 
 def _document(protocol: Protocol, scorer: Scorer) -> dict[str, Any]:
-    """The scores under one protocol with their 95 % bootstrap limits over images, the protocol as data and in words."""
+    """The scores under one protocol with their 95 % bootstrap limits over images, the protocol as data and in words.
+
+    One image alone has no limits: resampling it says nothing.
+    """
     scores = scorer.scores[protocol.label]
-    limits = {name: [found.low, found.high] for name, found in scores.intervals().items()}
-    found: dict[str, Any] = plain(
+    found = scores.intervals()
+    limits = {name: [each.low, each.high] if each.groups > 1 else [None, None] for name, each in found.items()}
+    document: dict[str, Any] = plain(
         {
             "protocol": protocol.as_json(),
             "description": protocol.describe(),
@@ -175,7 +179,7 @@ def _document(protocol: Protocol, scorer: Scorer) -> dict[str, Any]:
             "by_depth": scores.depth_table(),
         }
     )
-    return found
+    return document
 
 
 def _score_each(
