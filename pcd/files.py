@@ -12,9 +12,9 @@ PARTIAL = ".partial"
 """Suffix of a file that is still being written; a crash leaves at most such files behind."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the renames inside a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -24,7 +24,7 @@ def sync_folder(folder: Path) -> None:
 def publish(partial: Path, final: Path) -> None:
     """Rename a finished, fsynced `partial` to `final` and make the rename durable."""
     partial.replace(final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def partial_of(final: Path) -> Path:

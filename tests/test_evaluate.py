@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+import torch
 import zarr
 
 import pcd
 from pcd.stages.evaluate import evaluate
+from pcd.stages.inference import Patches, beliefs
 from pcd.stages.runs import Run
+from pcd.views import ViewPlan
 from tests.runs_support import runs, toy_runs
 from tests.test_cli import Command
 from tests.test_cli import pcd as command
@@ -84,6 +87,25 @@ def test_one_image_alone_has_no_interval(tmp_path: Path) -> None:
     scores = evaluate(run, protocols=["eigen"], device="cpu").result["protocols"]["eigen"]
     assert scores["images"] == 1
     assert set(map(tuple, scores["intervals"].values())) == {(None, None)}
+
+
+def test_uncertainty_of_both_views_is_that_of_their_mixture() -> None:
+    """Against the moments of numbers drawn from an even mixture of the two; the mirrored view is turned back."""
+    plan = ViewPlan(canvas=(1, 2))
+    depth, std = torch.tensor([[[[2.0, 5.0]], [[7.0, 3.0]]]]).double(), torch.tensor([[[[0.5, 1.0]], [[0.2, 2.0]]]]).double()
+    entropy = torch.tensor([[[[0.1, 0.2]], [[0.4, 0.6]]]]).double()
+    found = beliefs(Patches(depth, std, entropy), plan, tta=True)
+    assert found is not None
+    generator = np.random.default_rng(0)
+    for column, (first, second) in enumerate((((2.0, 0.5), (3.0, 2.0)), ((5.0, 1.0), (7.0, 0.2)))):
+        drawn = np.concatenate([generator.normal(*view, 400_000) for view in (first, second)])
+        assert found.depth[0, 0, column].item() == pytest.approx(drawn.mean(), rel=5e-3)
+        assert found.std[0, 0, column].item() == pytest.approx(drawn.std(), rel=5e-3)
+    assert found.entropy[0, 0].tolist() == pytest.approx([0.35, 0.3])
+    alone = beliefs(Patches(depth, std, entropy), plan, tta=False)
+    assert alone is not None
+    torch.testing.assert_close(alone.std[0, 0], std[0, 0, 0])
+    assert beliefs(Patches(depth), plan, tta=True) is None
 
 
 def test_every_metric_from_its_own_epoch_keeps_its_interval(runs: list[Run]) -> None:

@@ -17,8 +17,9 @@ import torch
 
 from pcd.datasets.base import Intrinsics
 from pcd.errors import PredictionError, UsageError
+from pcd.evaluation.pictures import paint
 from pcd.prediction import colours, result
-from pcd.prediction.colours import paint, survey
+from pcd.prediction.colours import survey
 from pcd.prediction.png import write_png
 from pcd.prediction.pointcloud import intrinsics_from_fov, parse_intrinsics, write_ply
 from pcd.prediction.result import Prediction
@@ -109,7 +110,7 @@ def test_colours_are_those_of_matplotlib() -> None:
     expected = mpl.colormaps["turbo_r"](scale(values), bytes=True)[..., :3].astype(int)
     assert np.abs(paint(values, (1.0, 5.0)).astype(int) - expected).max() <= 8  # one entry of the table
     ends = paint(np.array([[1.0, 5.0]], dtype=np.float32), (1.0, 5.0))[0]
-    np.testing.assert_array_equal(ends, np.rint(np.array(mpl.colormaps["turbo_r"]([0, 255]))[:, :3] * 255))
+    np.testing.assert_array_equal(ends, mpl.colormaps["turbo_r"]([0, 255], bytes=True)[:, :3])
 
 
 @pytest.mark.parametrize("size", [(30, 41), (20, 41)])

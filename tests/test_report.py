@@ -18,7 +18,7 @@ from pcd.evaluation.statistics import holm
 from pcd.evaluation.tables import read_scores
 from pcd.progress import SILENT
 from pcd.recipe import parse_recipe
-from pcd.reports.contents import best_of, number, protocols_table, scores_table
+from pcd.reports.contents import best_of, differences_table, number, protocols_table, scores_table
 from pcd.reports.drawing import GRID, INK, inline, new_figure, style
 from pcd.reports.panels import Predicted, Sample, layers, scales_of, shrink, thicken
 from pcd.reports.published import published
@@ -76,9 +76,9 @@ def test_the_best_value_depends_on_the_metric() -> None:
 
 
 def test_shrinking_keeps_sparse_depth() -> None:
-    depth = np.random.default_rng(0).uniform(1, 9, (7, 11)).astype(np.float32)
+    depth = np.random.default_rng(0).uniform(1, 9, (9, 12)).astype(np.float32)
     depth[np.random.default_rng(1).random(depth.shape) < 0.7] = np.nan
-    small = shrink(depth, 4)  # cells of 3 x 3, the last ones cut
+    small = shrink(depth, 4)  # cells of 3 x 3
     assert small.shape == (3, 4)
     for row in range(3):
         for column in range(4):
@@ -88,7 +88,7 @@ def test_shrinking_keeps_sparse_depth() -> None:
                 assert small[row, column] == pytest.approx(math.fsum(valid) / len(valid), rel=1e-6)
             else:
                 assert math.isnan(small[row, column])
-    assert shrink(depth, 11) is depth
+    assert shrink(depth, 12) is depth
 
 
 def test_thickening_changes_no_known_depth() -> None:
@@ -182,6 +182,11 @@ def test_tables_hold_what_the_evaluation_says(runs: list[Run], tmp_path: Path) -
     first = read_scores(runs[0].root / "evaluations" / "test-abs_rel" / "samples.csv")["pureclip"]["abs_rel"]
     pairs = [table["pureclip"]["abs_rel"][key] - value for key, value in first.items()]
     assert item.found.difference == pytest.approx(math.fsum(pairs) / len(pairs))
+    wins = {row[1].text: row[6].text for row in differences_table(contents)[1]}
+    shares = read_scores(runs[0].root / "evaluations" / "test-abs_rel" / "samples.csv")["pureclip"]["delta1"]
+    more = sum(table["pureclip"]["delta1"][key] > value for key, value in shares.items())
+    assert wins["AbsRel ↓"] == f"{sum(pair < 0 for pair in pairs)} of 5"
+    assert wins["δ < 1.25 ↑"] == f"{more} of 5"
 
 
 def test_an_evaluation_that_answers_the_question_is_not_made_again(runs: list[Run]) -> None:
@@ -194,8 +199,14 @@ def test_an_evaluation_that_answers_the_question_is_not_made_again(runs: list[Ru
 
     first = made_at("eigen", "pureclip")
     assert made_at("eigen", "pureclip") == first
-    assert made_at("pureclip", "eigen") > first  # the analysis is under another protocol
-    assert made_at("eigen", "pureclip", checkpoint="last") > first
+    second = made_at("pureclip", "eigen")
+    assert second > first  # the analysis is under another protocol
+    assert made_at("eigen", "pureclip", checkpoint="last") > second
+    stored = runs[0].root / "evaluations" / "test-abs_rel" / "metrics.json"
+    for key in ("weights", "cache"):
+        before = made_at("pureclip", "eigen")
+        stored.write_text(json.dumps({**json.loads(stored.read_text()), key: "other"}))
+        assert made_at("pureclip", "eigen") > before
 
 
 def test_what_cannot_stand_in_one_report(runs: list[Run], tmp_path: Path) -> None:

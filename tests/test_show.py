@@ -13,7 +13,8 @@ import pytest
 import torch
 import zarr
 
-from pcd.evaluation.figures_sample import NO_VALUE, SamplePanel, coloured, principal_colours, resampled, scales
+from pcd.evaluation.figures_sample import SamplePanel, coloured, principal_colours, scales
+from pcd.evaluation.pictures import NO_VALUE, resampled
 from pcd.recipe import Recipe
 from pcd.stages.evaluate import evaluate
 from pcd.stages.extract import extract

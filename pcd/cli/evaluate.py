@@ -75,9 +75,7 @@ def print_scores(evaluation: Evaluation) -> None:
     for name in SHOWN:
         if not any(name in scores["metrics"] for scores in protocols.values()):
             continue
-        metric = METRICS[name]
-        heading = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
-        table.add_row(heading, *(_score(scores, name) for scores in protocols.values()))
+        table.add_row(METRICS[name].heading, *(_score(scores, name) for scores in protocols.values()))
     table.add_row("images", *(_images(scores) for scores in protocols.values()))
     output.print(table)
     for label, scores in protocols.items():

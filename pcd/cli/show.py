@@ -84,7 +84,8 @@ def _print_identity(facts: dict[str, Any]) -> None:
 def _print_pictures(shown: Shown) -> None:
     """Pictures where they can be seen, else a line that says where they can."""
     from pcd.cli.picture import Picture, gallery, picture_layout, scale_bars, shows_pictures
-    from pcd.evaluation.figures_sample import WIDE, ramp, scales, small
+    from pcd.evaluation.figures_sample import ramp, scales, small
+    from pcd.evaluation.pictures import is_wide
 
     if shown.facts["no_image"] is not None:
         output.print(f"no image: {shown.facts['no_image']}", soft_wrap=True, markup=False)
@@ -95,7 +96,7 @@ def _print_pictures(shown: Shown) -> None:
     panels = [panel for name in names for panel in shown.panels if panel.name.split()[0] == name]
     made = scales(shown.panels)
     height, width = next(panel.pixels.shape for panel in panels if panel.name == "truth")[:2]
-    limits = WIDE_LIMITS if width >= WIDE * height else LIMITS
+    limits = WIDE_LIMITS if is_wide((height, width)) else LIMITS
     beside, size = picture_layout(len(panels), width / height, output.width, limits)
     drawn = [(panel.name, Picture(small(panel, made.get(panel.kind), size))) for panel in panels]
     output.print(gallery(drawn, beside))

@@ -131,8 +131,8 @@ class Analysis:
             "rmse": float(np.sqrt((error**2).mean())),
             "within_1_std": float((np.abs(error) <= std).mean()),
             "within_2_std": float((np.abs(error) <= 2 * std).mean()),
-            "entropy": {**spearman_of(entropy, relative), "groups": _groups(entropy, std, error, relative)},
-            "std": {**spearman_of(std, np.abs(error)), "groups": _groups(std, std, error, relative)},
+            "entropy": {**_knowledge(entropy, relative), "groups": _groups(entropy, std, error, relative)},
+            "std": {**_knowledge(std, np.abs(error)), "groups": _groups(std, std, error, relative)},
         }
 
 
@@ -141,7 +141,7 @@ def _populated(pixels: Floats, width: int) -> int:
     return int((pixels.reshape(-1, width).sum(axis=1) > RARE * pixels.sum()).sum())
 
 
-def spearman_of(signal: Floats, error: Floats) -> dict[str, Any]:
+def _knowledge(signal: Floats, error: Floats) -> dict[str, Any]:
     """Rank correlation of an uncertainty with an error, and the mean error left when the most uncertain are removed."""
     return {"spearman": spearman(signal, error), "sparsification": sparsification(signal, error)}
 

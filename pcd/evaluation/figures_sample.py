@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import matplotlib
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +17,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 
-from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS, depth_scale
+from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS, depth_scale, is_wide, paint, resampled
 from pcd.views import ViewPlan, to_views
 
 Pixels = npt.NDArray[np.uint8]
 Map = npt.NDArray[np.float32]
 Kind = Literal["rgb", "depth", "error", "spread", "share", "mask"]
-NO_VALUE = (153, 153, 153)
-"""Grey, where there is no number."""
 GAP = 8
 """Pixels between the views in their layout."""
-WIDE = 2.0
-"""Canvases this many times wider than high get panels of double width."""
 SPARSE, BLOCK = 0.5, 4
 """Maps with values in less than this share of their pixels are drawn as means over blocks: single pixels cannot be seen."""
 TITLE_WIDTH = 44
@@ -87,34 +82,14 @@ def scales(panels: Sequence[SamplePanel]) -> dict[Kind, Scale]:
 
 
 def coloured(values: Map, scale: Scale) -> Pixels:
-    """Numbers `(h, w)` as RGB uint8 `(h, w, 3)`, `NO_VALUE` for NaN, the outermost colours beyond the limits."""
-    shown = (np.nan_to_num(values) - scale.low) / (scale.high - scale.low)
-    rgb: Pixels = matplotlib.colormaps[scale.colours].resampled(scale.steps)(shown.clip(0, 1), bytes=True)[..., :3].copy()
-    rgb[~np.isfinite(values)] = NO_VALUE
-    return rgb
+    """Numbers `(h, w)` as RGB uint8 `(h, w, 3)` in the colours of a scale."""
+    return paint(values, (scale.low, scale.high), scale.colours, scale.steps)
 
 
 def ramp(scale: Scale, steps: int) -> Pixels:
     """The colours of a scale from its lower to its upper limit, `(steps, 3)`."""
     row: Pixels = coloured(np.linspace(scale.low, scale.high, steps, dtype=np.float32)[None], scale)[0]
     return row
-
-
-def resampled(pixels: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """A picture or map at another `size` (height, width): area means of what has a value, or the nearest cell to enlarge.
-
-    Numbers are averaged before they become colours, so that a colour always stands for a number.
-    """
-    height, width = pixels.shape[:2]
-    mode = cv2.INTER_AREA if size[0] <= height and size[1] <= width else cv2.INTER_NEAREST
-    if pixels.ndim == 3:
-        return np.asarray(cv2.resize(np.ascontiguousarray(pixels), size[::-1], interpolation=mode))
-    there = np.isfinite(pixels)
-    weight = cv2.resize(there.astype(np.float64), size[::-1], interpolation=mode)
-    total = cv2.resize(np.where(there, pixels, 0).astype(np.float64), size[::-1], interpolation=mode)
-    mean = np.full(size, np.nan)
-    np.divide(total, weight, out=mean, where=weight > 1e-9)
-    return mean.astype(np.float32)
 
 
 def small(panel: SamplePanel, scale: Scale | None, size: tuple[int, int]) -> Pixels:
@@ -171,7 +146,7 @@ def save_sample(path: Path, panels: Sequence[SamplePanel], title: str) -> None:
     ordered = sorted(panels, key=lambda panel: (panel.span, ORDER.index(panel.name) if panel.name in ORDER else len(ORDER)))
     groups = [found for kinds in GROUPS if (found := [panel for panel in ordered if panel.kind in kinds])]
     height, width = next((p.pixels.shape for p in panels if p.name == "truth"), panels[0].pixels.shape)[:2]
-    columns, wide = (2, 6.5) if width >= WIDE * height else (5, 3.3)
+    columns, wide = (2, 6.5) if is_wide((height, width)) else (5, 3.3)
     each = wide * height / width + TITLE
     rows = [_places(group, columns)[-1][0] + 1 for group in groups]
     tall = [

@@ -49,6 +49,16 @@ class Metric:
     better: Direction
     definition: str
 
+    @property
+    def heading(self) -> str:
+        """Title and unit, e.g. `RMSE (m)`."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    @property
+    def arrow(self) -> str:
+        """The direction that is better."""
+        return {"lower": "↓", "higher": "↑", "zero": "→ 0"}[self.better]
+
 
 METRICS: dict[str, Metric] = {
     metric.name: metric

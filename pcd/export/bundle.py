@@ -21,7 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from pcd.errors import CorruptError, RunError, UsageError
-from pcd.files import publish, read_json, sync_folder, write_bytes
+from pcd.files import publish, read_json, sync, write_bytes
 from pcd.fingerprint import file_digest
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.toml"
@@ -114,7 +114,7 @@ def put(staged: Path, root: Path) -> None:
     """
     if not root.exists():
         staged.rename(root)
-        sync_folder(root.parent)
+        sync(root.parent)
         return
     for name in FILES:
         if (staged / name).is_file():

@@ -6,7 +6,6 @@ onnx, onnxscript and onnxruntime are the optional extra `onnx`; nothing is impor
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcd.errors import UsageError
+from pcd.files import sync
 
 if TYPE_CHECKING:
     from pcd.export.graph import DepthNetwork
@@ -74,7 +74,7 @@ def write_onnx(
     program.save(path, external_data=external)
     files = [path, path.with_name(path.name + DATA_SUFFIX)] if external else [path]
     for file in files:
-        _sync(file)
+        sync(file)
     return files
 
 
@@ -89,14 +89,6 @@ def _forget_sources(model: Any) -> None:
         for value in (*function.inputs, *getattr(function, "initializers", {}).values()):
             value.metadata_props.clear()
         function.metadata_props.clear()
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_onnx(path: Path) -> None:

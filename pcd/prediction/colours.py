@@ -7,24 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pcd.evaluation.pictures import COLOURS, WIDTH
+from pcd.evaluation.pictures import UNSURE_COLOURS, WIDTH, is_wide, paint
 from pcd.prediction.result import FloatArray, strips
 
 Rgb = npt.NDArray[np.uint8]
 Span = tuple[float, float]
 """Metres of the first and the last colour."""
 
-SPREAD_COLOURS = "magma"
 THUMBNAIL = 2048
 """Pixels of the longer side of what is drawn."""
-WIDE = 2.0
-"""Images this many times wider than high stand above their depth, others beside it."""
 MARGIN = 0.25
 """Share of the first frame's range by which the colours of a video reach further on both sides."""
 
@@ -62,19 +58,6 @@ def shrink(rgb: Rgb, size: tuple[int, int]) -> Rgb:
     return np.asarray(cv2.resize(rgb, (size[1], size[0]), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def paint(values: FloatArray, span: Span, colours: str = COLOURS) -> Rgb:
-    """Colours of a map `(h, w)`: RGB uint8 `(h, w, 3)`; what lies beyond `span` takes the outermost colour."""
-    table = np.rint(mpl.colormaps[colours](np.arange(256))[:, :3] * 255).astype(np.uint8)
-    low, high = span
-    share = (values - np.float32(low)) * np.float32(256 / (high - low))
-    return np.asarray(table[share.clip(0, 255).astype(np.uint8)])
-
-
-def is_wide(size: tuple[int, int]) -> bool:
-    """Whether image and depth stand above each other rather than beside."""
-    return size[1] > WIDE * size[0]
-
-
 def side_by_side(rgb: Rgb, rows: Callable[[int, int], FloatArray], span: Span) -> tuple[tuple[int, int], Iterator[Rgb]]:
     """Image and coloured depth at full size and nothing else: the size of the picture, and its strips from top to bottom."""
     height, width = rgb.shape[:2]
@@ -102,7 +85,7 @@ def save_spread(path: Path, rgb: Rgb, spread: FloatArray, title: str) -> None:
     axes = figure.subplots(lines, columns).reshape(-1)
     axes[0].imshow(rgb)
     top = max(float(np.percentile(spread, 98)), 1e-3)
-    image = axes[1].imshow(spread, cmap=SPREAD_COLOURS, vmin=0, vmax=top)
+    image = axes[1].imshow(spread, cmap=UNSURE_COLOURS, vmin=0, vmax=top)
     for axis, heading in zip(axes, ("image", "uncertainty"), strict=True):
         axis.set_title(heading, fontsize=10)
         axis.set_xticks([])

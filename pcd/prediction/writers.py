@@ -16,8 +16,8 @@ import OpenEXR
 from pcd import depths
 from pcd.datasets.base import Intrinsics
 from pcd.errors import PredictionError, UsageError
-from pcd.evaluation.pictures import Panel, depth_scale, save_panels
-from pcd.prediction.colours import MARGIN, Span, Survey, is_wide, save_spread, shrink, side_by_side, survey
+from pcd.evaluation.pictures import Panel, depth_scale, is_wide, save_panels
+from pcd.prediction.colours import MARGIN, Span, Survey, save_spread, shrink, side_by_side, survey
 from pcd.prediction.png import write_png
 from pcd.prediction.pointcloud import intrinsics_from_fov, write_ply
 from pcd.prediction.result import FloatArray, Prediction, strips

@@ -14,7 +14,6 @@ from pcd.reports.published import Published
 SHOWN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "bias", "delta1", "delta2", "delta3")
 COMPARED = ("abs_rel", "rmse", "log10", "delta1")
 DIGITS = {"silog": 1}
-ARROWS = {"lower": "↓", "higher": "↑", "zero": "→ 0"}
 SIGNIFICANT = 0.05
 
 
@@ -78,9 +77,7 @@ Table = tuple[list[Cell], list[list[Cell]]]
 
 def heading(name: str) -> Cell:
     """A metric with unit and the direction that is better."""
-    metric = METRICS[name]
-    unit = f" ({metric.unit})" if metric.unit else ""
-    return Cell(f"{metric.title}{unit} {ARROWS[metric.better]}")
+    return Cell(f"{METRICS[name].heading} {METRICS[name].arrow}")
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS, depth_scale
+from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS, depth_scale, is_wide, paint, resampled
 from pcd.reports.drawing import style
 
 Map = npt.NDArray[np.float32]
@@ -27,9 +26,6 @@ READOUT = 160
 """Columns of the maps whose values the page can tell."""
 SPARSE = 1 / 3
 """Ground truth in a smaller share of the pixels is drawn thicker."""
-MISSING = (150, 150, 150)
-WIDE = 2.0
-"""Images this many times wider than high are shown two by two."""
 INCHES, GAP, LINE, BARS = 10.4, 0.06, 0.24, 0.7
 """Width of the figure of samples, between its panels, of a line of text, and of the scales."""
 _TITLES = {"rgb": "image", "truth": "ground truth", "prediction": "prediction", "error": "prediction - truth"}
@@ -82,24 +78,7 @@ def _high(maps: Sequence[Map]) -> float:
 def shrink(depth: Map, width: int) -> Map:
     """A map at most `width` wide: each cell is the mean of its valid pixels, so that sparse depth stays visible."""
     factor = -(-depth.shape[1] // width)
-    if factor <= 1:
-        return depth
-    height, columns = -(-depth.shape[0] // factor), -(-depth.shape[1] // factor)
-    padded = np.full((height * factor, columns * factor), np.nan, dtype=np.float32)
-    padded[: depth.shape[0], : depth.shape[1]] = depth
-    cells = padded.reshape(height, factor, columns, factor)
-    valid = np.isfinite(cells)
-    count = valid.sum(axis=(1, 3))
-    total = np.where(valid, cells, 0).sum(axis=(1, 3))
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
-
-
-def coloured(values: Map, low: float, high: float, colours: str) -> Rgb:
-    """A map as RGB by a colour map; what is missing is grey."""
-    share = (np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-9)
-    picture: Rgb = mpl.colormaps[colours](share.clip(0, 1), bytes=True)[..., :3]
-    picture[~np.isfinite(values)] = MISSING
-    return np.ascontiguousarray(picture)
+    return depth if factor <= 1 else np.asarray(resampled(depth, (-(-depth.shape[0] // factor), -(-depth.shape[1] // factor))))
 
 
 def thicken(depth: Map) -> Map:
@@ -118,11 +97,11 @@ def layers(sample: Sample, predicted: Predicted, scales: Scales) -> dict[str, Rg
         found["rgb"] = np.asarray(cv2.resize(sample.rgb, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     sparse = np.isfinite(sample.truth).mean() < SPARSE
     truth, error = shrink(sample.truth, WIDTH), shrink(predicted.depth - sample.truth, WIDTH)
-    found["truth"] = coloured(thicken(truth) if sparse else truth, *scales.depth, COLOURS)
-    found["prediction"] = coloured(shrink(predicted.depth, WIDTH), *scales.depth, COLOURS)
-    found["error"] = coloured(_thick_error(error) if sparse else error, -scales.error, scales.error, ERROR_COLOURS)
+    found["truth"] = paint(thicken(truth) if sparse else truth, scales.depth)
+    found["prediction"] = paint(shrink(predicted.depth, WIDTH), scales.depth)
+    found["error"] = paint(_thick_error(error) if sparse else error, (-scales.error, scales.error), ERROR_COLOURS)
     if predicted.std is not None:
-        found["std"] = coloured(shrink(predicted.std, WIDTH), 0, scales.std, UNSURE_COLOURS)
+        found["std"] = paint(shrink(predicted.std, WIDTH), (0, scales.std), UNSURE_COLOURS)
     return found
 
 
@@ -161,7 +140,7 @@ def figure_of(samples: Sequence[Sample], run: str, scales: Scales) -> Figure:
     found = [layers(sample, sample.predicted[run], scales) for sample in samples]
     shown = [name for name in _TITLES if all(name in pictures for pictures in found)]
     height, width = found[0]["truth"].shape[:2]
-    columns = 2 if width > WIDE * height else len(shown)
+    columns = 2 if is_wide((height, width)) else len(shown)
     lines = -(-len(shown) // columns)
     wide = (INCHES - GAP * (columns - 1)) / columns
     high = wide * height / width

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 
 import pcd
 from pcd.evaluation.metrics import METRICS
-from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS
+from pcd.evaluation.pictures import COLOURS, ERROR_COLOURS, UNSURE_COLOURS, is_wide
 from pcd.files import write_text
 from pcd.reports import contents as tables
-from pcd.reports.contents import ARROWS, Contents
+from pcd.reports.contents import Contents
 from pcd.reports.drawing import inline, save
 from pcd.reports.figures import bias_and_error, by_distance, calibration, curves_of, differences, training
-from pcd.reports.panels import WIDE, Sample, Scales, data_uri, figure_of, layers, readout, scales_of
+from pcd.reports.panels import Sample, Scales, data_uri, figure_of, layers, readout, scales_of
 
 PAGE, FIGURES = "index.html", "figures"
 _FOLDER = Path(__file__).with_name("page")
@@ -67,7 +67,7 @@ def write_report(contents: Contents, out: Path) -> Path:
         gallery=[_gallery(sample, scales) for sample in contents.samples],
         layers=[entry for entry in _LAYERS if entry[0] != "std" or _has_std(contents)],
         scales=_scales(scales),
-        wide=any(sample.truth.shape[1] > WIDE * sample.truth.shape[0] for sample in contents.samples),
+        wide=any(is_wide((sample.truth.shape[0], sample.truth.shape[1])) for sample in contents.samples),
     )
     write_text(out / PAGE, page)
     return out / PAGE
@@ -100,7 +100,7 @@ def _difference_rows(contents: Contents) -> list[dict[str, Any]]:
             "run": item.run,
             "colour": item.colour,
             "title": METRICS[item.metric].title,
-            "arrow": ARROWS[METRICS[item.metric].better],
+            "arrow": METRICS[item.metric].arrow,
             "reference": item.found.second,
             "low": item.found.low,
             "difference": item.found.difference,

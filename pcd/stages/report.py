@@ -73,7 +73,9 @@ def report(
         scores.append(read_scores(folder / "samples.csv"))
     found = choose_samples(scores[0][chosen[0]]["abs_rel"], samples) if samples else []
     progress.say(f"{len(found)} samples: predicting them again for the pictures")
-    shown, missing = gallery(runs, names, caches, split, found, checkpoint, scores, chosen[0], images, resolve(device))
+    shown, missing = gallery(
+        runs, names, caches, split, found, checkpoint, scores, chosen[0], images, torch.device(resolve_device(device))
+    )
     contents = Contents(
         title=f"{names[0]}: depth report" if len(runs) == 1 else f"{names[0]} and {len(runs) - 1} more: depth report",
         split=split,
@@ -86,11 +88,6 @@ def report(
         notes=notes + missing,
     )
     return Report(write_report(contents, out), contents)
-
-
-def resolve(device: str) -> torch.device:
-    """The device meant by an option."""
-    return torch.device(resolve_device(device))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -149,9 +149,7 @@ def _csv_rows(variant: Document, document: Document) -> list[Document]:
 
 def headings() -> list[str]:
     """The columns of metrics, with unit and the better direction."""
-    arrows = {"lower": "↓", "higher": "↑", "zero": ""}
-    found = [METRICS[name] for name in SHOWN]
-    return [f"{metric.title}{f' ({metric.unit})' if metric.unit else ''} {arrows[metric.better]}" for metric in found]
+    return [f"{METRICS[name].heading} {METRICS[name].arrow}" for name in SHOWN]
 
 
 def score_lines(variant: Document, metric: str) -> tuple[str, str]:
