@@ -38,7 +38,7 @@ types: install
 	$(VENV)/bin/mypy
 
 unit: install browser
-	$(VENV)/bin/pytest --cov=pcd --cov-report=term --cov-fail-under=90
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile --cov=pcd --cov-report=term --cov-fail-under=90
 
 readme: install
 	$(VENV)/bin/python tests/run_readme.py README.md

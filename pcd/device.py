@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 from pcd.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -59,3 +63,14 @@ def resolve_precision(precision: str, device: str) -> Precision:
         if precision == known:
             return known
     raise UsageError(f"precision {precision!r}: expected auto, {', '.join(PRECISIONS)}.")
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager[Any]:
+    """Around small products whose rounding would show: in the type of their inputs, also where autocast is on.
+
+    Where it is off this does nothing at all, which an exporter need not trace.
+    """
+    import torch
+
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

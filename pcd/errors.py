@@ -75,6 +75,10 @@ class SpaceError(CacheError, OSError):
     """The file system is too small for what is about to be written."""
 
 
+class WriteError(PcdError, OSError):
+    """A file cannot be written: no permission, a read-only or failing disk."""
+
+
 class RunError(PcdError, RuntimeError):
     """A run directory is missing, unfinished or of another kind."""
 

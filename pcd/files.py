@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pcd.errors import PcdError, SpaceError, WriteError
+
 PARTIAL = ".partial"
 """Suffix of a file that is still being written; a crash leaves at most such files behind."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or a limit on the size of files is used up."""
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sync(path: Path) -> None:
@@ -32,15 +40,58 @@ def partial_of(final: Path) -> Path:
     return final.with_name(final.name + PARTIAL)
 
 
+@contextmanager
+def naming(path: Path, done: str = "written") -> Iterator[None]:
+    """Give errors of the system met while `path` is being written (or whatever is `done` with it) its name and a remedy.
+
+    Raises `SpaceError` for a full disk, `WriteError` for any other `OSError`.
+    """
+    try:
+        yield
+    except PcdError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in FULL:
+            raise SpaceError(
+                f"{path} cannot be {done}: {reason}. Free some space there (or raise the quota, or `ulimit -f`), "
+                "then give the same command again: what is finished is kept."
+            ) from error
+        remedy = "Make its folder writable, or choose another" if error.errno in DENIED else "Look after the disk"
+        raise WriteError(
+            f"{path} cannot be {done}: {reason}. {remedy}, then give the same command again: what is finished is kept."
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, durably: not only the folder, also its name in the one above."""
+    missing = []
+    while not path.is_dir() and path != path.parent:
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` durably: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` durably: temporary name, fsync, rename, fsync of the folder.
+
+    Raises `SpaceError` or `WriteError`, naming `path`, if that cannot be done; the file is then whole, as before or as now.
+    """
     partial = partial_of(path)
-    with partial.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    publish(partial, path)
+    with naming(path):
+        make_folder(path.parent)
+        try:
+            with partial.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            publish(partial, path)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell; a disk that fails may keep the partial file
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,9 +99,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(value: Any) -> str:
+    """The one spelling of an indented JSON document; NaN and infinity are refused."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON document durably; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

@@ -19,9 +19,25 @@ def alignment_loss(cosines: Tensor, bins: Tensor) -> Tensor:
     return (1 - cosines.gather(1, bins[:, None])).mean()
 
 
-def info_nce_loss(cosines: Tensor, bins: Tensor, temperature: float) -> Tensor:
-    """Equation 13: cross-entropy of the scores `z . w_j / temperature` `(M, K)` against the true bin, mean over patches."""
-    return F.cross_entropy(cosines / temperature, bins)
+def info_nce_loss(cosines: Tensor, bins: Tensor, temperature: float, targets: Tensor | None = None) -> Tensor:
+    """Equation 13: cross-entropy of the scores `z . w_j / temperature` `(M, K)` against the true bin, mean over patches.
+
+    With `targets` `(K, K)`, see `neighbour_targets`, against row `y` of them instead of the true bin `y` alone:
+    `-sum_j targets[y, j] log softmax(scores)_j`. Its smallest value is then the entropy of the row instead of 0.
+    """
+    return F.cross_entropy(cosines / temperature, bins if targets is None else targets[bins])
+
+
+def neighbour_targets(count: int, width: float) -> Tensor:
+    """Label smoothing over neighbouring bins: row `y` of `(count, count)` is the target of a patch whose true bin is `y`.
+
+    `q[y, j] = exp(-((j - y) / width)^2 / 2) / sum_k exp(-((k - y) / width)^2 / 2)`: a Gaussian of standard deviation `width`,
+    which is counted in bins whatever their widths in metres, over the bins there are. Every row sums to 1; at either end of the
+    range what would fall beyond goes to the other bins in proportion.
+    """
+    number = torch.arange(count, dtype=torch.float64)
+    weights = torch.exp(-(((number - number[:, None]) / width) ** 2) / 2)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
 def pixel_rmse(depth: Tensor, count: Tensor, mean: Tensor, var: Tensor, *, per_map: bool) -> Tensor:

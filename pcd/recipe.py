@@ -117,8 +117,10 @@ class TrainSection(Section):
     monitor: Names = ("delta1", "delta2", "delta3", "abs_diff", "abs_rel", "log10", "rmse")
     protocol: str = "pureclip"
     """Validation protocol, scored each epoch from the cached canvas depth."""
-    residency: Literal["auto", "host", "stream"] = "auto"
-    """Hold the columns in memory, or read each batch from the cache."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of matrix products in training and validation; weights and everything else are float32. tf32 needs a CUDA GPU."""
+    residency: Literal["auto", "device", "host", "stream"] = "auto"
+    """Where columns are held: on the device, in host memory, or nowhere (each batch is read from the cache). Results agree."""
 
     @model_validator(mode="after")
     def _cosine_has_epochs(self) -> Self:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; must be set before torch is imported
+os.environ.pop("COLUMNS", None)  # a console that finds it when it is made keeps to it; tests that care set their own
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -38,3 +40,14 @@ def toys() -> None:
 
     datasets.add("toy", "tests.toy:ToyDataset")
     encoders.add("toy", "tests.toy:ToyEncoder")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pictures of the curves take most of the time of a tiny training: they are drawn only where they are looked at."""
+    if request.module.__name__.endswith("test_history"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pcd.stages.history.draw_curves", lambda run, history: ())
+        yield

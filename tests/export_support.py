@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ SHORT = ["train.epochs=2", "head.table_init=tokens", "head.max_depth=10.0", "hea
 SHORT += ["head.embedding.steps=6", "head.depth.steps=6"]
 
 
-def train_tiny(root: Path, encoder: str, weights: str, views: list[str] | None = None) -> tuple[Run, Cache]:
-    """A run in `root/run` and its cache in `root/cache`, on the CPU."""
-    overrides = [*(VIEWS if views is None else views), *SHORT]
+def train_tiny(
+    root: Path, encoder: str, weights: str, views: list[str] | None = None, head: Sequence[str] = ()
+) -> tuple[Run, Cache]:
+    """A run in `root/run` and its cache in `root/cache`, on the CPU; `head` are overrides of the recipe."""
+    short = [*SHORT, *head]
+    overrides = [*(VIEWS if views is None else views), *short]
     recipe = extraction_recipe("toy", None, overrides, encoder=encoder, weights=weights, limit=6)
     cache = extract(recipe, root / "cache", device="cpu").cache
-    learned = load_recipe("folder", SHORT).model_copy(update={"dataset": {"name": "toy"}, "encoder": recipe.encoder})
+    learned = load_recipe("folder", short).model_copy(update={"dataset": {"name": "toy"}, "encoder": recipe.encoder})
     return train(learned, cache, root / "run", device="cpu"), cache
 
 

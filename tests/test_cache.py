@@ -13,7 +13,7 @@ import zarr
 from pcd.cache import Cache, ColumnEntry, Manifest, TableEntry, commits
 from pcd.cache.column import chunk_path
 from pcd.cache.lock import writing
-from pcd.cache.verify import forget, verify_cache
+from pcd.cache.verify import damaged_shards, verify_cache
 from pcd.cache.writer import RangeWriter
 from pcd.columns import ColumnSpec
 from pcd.errors import CacheError, CorruptError, IncompleteError
@@ -203,12 +203,13 @@ def test_verify_names_what_is_wrong(full: tuple[Cache, dict[str, np.ndarray]]) -
     assert "is gone" in faults["depth/canvas", 0].detail
 
 
-def test_forgotten_shards_are_written_anew(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
+def test_shards_whose_records_are_dropped_are_written_anew(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
     cache, rows = full
     path = chunk_path(cache.root, "train", TOKENS, 1)
     good = path.read_bytes()
     path.write_bytes(b"\0" + good[1:])
-    assert forget(cache, verify_cache(cache)) == 1
+    assert damaged_shards(verify_cache(cache)) == {("train", "clip/patch"): {1}}
+    commits.path(cache.root, "train", "clip/patch", 1).unlink()
     again = Cache.open(cache.root)
     assert again.table("train").column("clip/patch").missing() == [(8, 16)]
     fill(again, rows, 2, 4)

@@ -161,9 +161,8 @@ def test_inspect_and_verify(extracted: Command) -> None:
     code, out, err = extracted("cache", "verify", "cache/toy")
     assert code == 1
     assert "1 of 20 rows fail their checksum: 0" in out
-    assert "--forget" in err
-    assert extracted("cache", "verify", "cache/toy", "--forget")[0] == 1
-    assert extracted("extract", "--dataset", "toy", "--encoder", "toy:toy", "--weights", "random")[0] == 0
+    assert "pcd cache verify cache/toy --repair" in err
+    assert extracted("cache", "verify", "cache/toy", "--repair", "--device", "cpu")[0] == 0
     assert extracted("cache", "verify", "cache/toy")[0] == 0
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pcd.cache.provenance import PROVENANCE
 from pcd.datasets import Split
 from pcd.errors import DatasetError
 from pcd.stages.extract import extract
-from pcd.stages.frames import PROVENANCE, located, open_frames
+from pcd.stages.frames import located, open_frames
 from tests.test_extract import toy_recipe
 from tests.toy import ToyDataset
 

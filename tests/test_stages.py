@@ -76,7 +76,7 @@ def test_a_training_frame_is_predicted_as_it_is_scored(real_run: Path, shared_da
 
     from pcd.evaluation.pixels import combine_views, native_prediction
     from pcd.stages.inference import head_predictor
-    from pcd.training.rows import StreamedRows
+    from pcd.training.sources import StreamedRows
 
     run, cache = open_run(real_run / "run"), Cache.open(real_run / "cache")
     table = cache.table("test")

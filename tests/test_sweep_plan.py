@@ -10,7 +10,8 @@ from pcd.cache import Cache
 from pcd.errors import RecipeError, UsageError
 from pcd.reports.published import published
 from pcd.stages.extract import extract
-from pcd.stages.sweep_plan import find_sweep, known_sweeps, plan_sweep
+from pcd.stages.sweep_files import find_sweep, known_sweeps
+from pcd.stages.sweep_plan import plan_sweep
 from tests.sweep_support import METRICS, toy_cache, write_sweep
 from tests.test_extract import toy_recipe
 

@@ -199,7 +199,7 @@ def test_the_command(cache: Cache, pcd: Command, tmp_path: Path) -> None:
     assert "max_depth=10.0" in out
     assert "failed: max_depth=0.05, seed 3: head: min_depth = 0.1, max_depth = 0.05" in out
     assert "note: synthetic scenes" in out
-    assert "[2/2] max_depth=0.05, seed 3" in err
+    assert "[1/1] seed 3: max_depth=10.0, max_depth=0.05" in err
     folder = next((tmp_path / "sweeps").iterdir())
     assert folder.name.startswith("cache-folder-")
     assert (folder / "max_depth=10.0" / "seed-3" / "run.json").is_file()

@@ -15,8 +15,9 @@ from pcd.heads.pureclip import PureClipHead, PureClipOptions
 from pcd.recipe import Supervision, TrainSection
 from pcd.training import checkpoints
 from pcd.training.loop import EpochReport, Loop, is_finished
-from pcd.training.rows import HeldRows, StreamedRows, TrainingRows, hold_or_stream
+from pcd.training.rows import TrainingRows
 from pcd.training.schedule import EarlyStopping
+from pcd.training.sources import HeldRows, Placed, StreamedRows, place_rows
 from pcd.training.targets import RowTargets, row_targets
 from tests.test_extract import run, toy_recipe
 
@@ -36,7 +37,7 @@ def make_rows(cache: Cache, **settings: Any) -> TrainingRows:
     targets = row_targets(
         cache.table("train"), rows.rows, GRID, {"embedding": Supervision(), "depth": Supervision()}, RANGE, "depth"
     )
-    rows.attach(StreamedRows(cache.table("train"), COLUMNS, CPU), targets, CPU)
+    rows.attach(Placed(StreamedRows(cache.table("train"), COLUMNS, CPU), ""), targets, CPU)
     return rows
 
 
@@ -86,9 +87,10 @@ def test_held_and_streamed_rows_are_the_same(cache: Cache) -> None:
     some = np.random.default_rng(0).permutation(rows)[:7]
     for name in COLUMNS:
         assert torch.equal(held.read(some)[name], streamed.read(some)[name])
-    assert isinstance(hold_or_stream(table, COLUMNS, rows, "auto", CPU)[0], HeldRows)
-    assert isinstance(hold_or_stream(table, COLUMNS, rows, "stream", CPU)[0], StreamedRows)
-    assert "held in memory" in hold_or_stream(table, COLUMNS, rows, "host", CPU)[1]
+    assert isinstance(place_rows(table, COLUMNS, rows, "auto", CPU).source, HeldRows)
+    assert isinstance(place_rows(table, COLUMNS, rows, "device", CPU).source, HeldRows)
+    assert isinstance(place_rows(table, COLUMNS, rows, "stream", CPU).source, StreamedRows)
+    assert "held in memory" in place_rows(table, COLUMNS, rows, "host", CPU).words
 
 
 def _garg(height: int, width: int) -> tuple[range, range]:
@@ -324,11 +326,11 @@ def test_rows_that_teach_nothing_are_an_error(cache: Cache, tmp_path: Path) -> N
     loop = make_loop(cache, tmp_path, 1)
     nothing = np.zeros((20, 16), dtype=np.float32)
     target = RowTargets(nothing, nothing, nothing, nothing.astype(bool))
-    loop._rows.attach(loop._rows._source, {"embedding": target, "depth": target}, CPU)
+    loop.rows.attach(loop.rows._placed, {"embedding": target, "depth": target}, CPU)
     with pytest.raises(TrainingError, match="no training patch has valid depth"):
         loop.run(lambda report: None)
     empty = make_loop(cache, tmp_path, 1)
-    empty._rows._settings = TrainSection(batch_size=64, drop_last=True)
+    empty.rows._settings = TrainSection(batch_size=64, drop_last=True)
     with pytest.raises(TrainingError, match="an epoch has no batch: 20 rows, batch_size"):
         empty.run(lambda report: None)
 

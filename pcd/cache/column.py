@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pcd.cache import commits
+from pcd.cache import commits, compact
 from pcd.cache.manifest import ColumnEntry
+from pcd.cache.parallel import share
 from pcd.cache.shards import ShardReader
 from pcd.columns import ColumnSpec
 from pcd.errors import CorruptError, IncompleteError
@@ -20,7 +24,26 @@ if TYPE_CHECKING:
     import dask.array
 
 OPEN_SHARDS = 128
-"""File descriptors a column keeps open at most; indexes of 128 shards of 64 rows are 130 kB."""
+"""File descriptors a column keeps open at most. Shard indexes are all kept: 16 bytes a row."""
+SMALL_ROW = 1 << 14
+"""Neighbouring rows up to this many bytes are read together: for them the calls cost more than one copy."""
+RUN_BYTES = 1 << 18
+"""Most bytes read together: they are still in the processor's cache when they are copied out."""
+ZSTD_COST = 8
+"""Compressed rows take about this many times as long per byte."""
+DECODE_COST = 2
+"""The same of rows in compact form."""
+
+_lock = threading.Lock()
+"""Guards the open shards of all columns. Held for look-ups alone, never while a file is opened or read."""
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)  # the thread that held it does not exist in a forked child
 
 
 def chunk_path(root: Path, table: str, spec: ColumnSpec, shard: int) -> Path:
@@ -29,18 +52,32 @@ def chunk_path(root: Path, table: str, spec: ColumnSpec, shard: int) -> Path:
 
 
 class Column:
-    """Rows of a column by number. Only committed rows can be read; what is not committed is an error, never zeros."""
+    """Rows of a column by number. Only committed rows can be read; what is not committed is an error, never zeros.
+
+    `entry` and `spec` describe what is read, `stored` the array on disk. They differ for a column in compact form, whose rows
+    are decoded on the way (see `pcd.cache.compact`).
+
+    Several threads may read one column at once; a column may also be used after a fork, or be pickled, which opens it anew.
+    """
 
     def __init__(self, root: Path, table: str, entry: ColumnEntry, rows: int, shard_rows: int, *, verify: bool = True) -> None:
         self.root = root
         self.table = table
-        self.entry = entry
-        self.spec = entry.spec
+        self.entry = compact.as_read(entry)
+        self.spec = self.entry.spec
+        self.stored = entry.spec
         self.rows = rows
         self.shard_rows = shard_rows
         self._verify = verify
+        self._listed = entry
+        self._decoder = compact.Decoder(entry.spec.shape) if compact.is_compact(entry) else None
+        self._dtype, self._row_bytes = np.dtype(self.spec.dtype), self.spec.row_bytes
         self._committed = commits.committed(root, table, entry.spec.name)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._indexes: dict[int, npt.NDArray[np.uint64]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Column, verify=self._verify), (self.root, self.table, self._listed, self.rows, self.shard_rows)
 
     @property
     def shards(self) -> int:
@@ -48,7 +85,8 @@ class Column:
         return -(-self.rows // self.shard_rows)
 
     def refresh(self) -> None:
-        """Look again which shards are committed."""
+        """Look again which shards are committed, and open their files anew: they may have been written again."""
+        self.close()
         self._committed = commits.committed(self.root, self.table, self.spec.name)
 
     def missing(self) -> list[tuple[int, int]]:
@@ -74,19 +112,50 @@ class Column:
             raise IncompleteError(self._incomplete(gaps))
 
     def read(self, rows: Sequence[int] | npt.NDArray[np.int64], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        """The rows asked for, in that order: `(len(rows), *shape)`, into `out` if given (contiguous, right dtype).
+        """The rows asked for, in that order: `(len(rows), *shape)`.
 
-        Raises `IncompleteError` for rows that are not committed, `IndexError` for rows that do not exist and `CorruptError`
-        for bytes that fail their checksum.
+        Rows go straight into `out` if given: a contiguous array of that shape and the column's dtype over any writable memory
+        (`tensor.numpy()` of a pinned tensor, `np.frombuffer` of a buffer). A large batch is shared among a few threads.
+
+        Raises `IndexError` for rows that do not exist, `IncompleteError` for rows that are not committed, both before anything
+        is read; `CorruptError`, naming the first such row in the order asked, for bytes that fail their checksum; and
+        `ValueError` for an `out` that does not fit.
         """
         numbers = np.asarray(rows, dtype=np.int64)
+        self._check(numbers)
         if out is None:
-            out = np.empty((len(numbers), *self.spec.shape), dtype=self.spec.dtype)
-        for shard in np.unique(numbers // self.shard_rows):
-            reader = self._reader(int(shard))
-            for position in np.flatnonzero(numbers // self.shard_rows == shard):
-                self._read_row(reader, int(numbers[position]), out[position : position + 1])
+            out = np.empty((len(numbers), *self.spec.shape), dtype=self._dtype)
+        target = self._bytes_of(out, len(numbers))
+        runs = self._runs(numbers)
+        size = target.nbytes * (ZSTD_COST if self.spec.compress else DECODE_COST if self._decoder else 1)
+        share(partial(self._read_run, numbers, target, runs), len(runs) - 1, size)
         return out
+
+    def _check(self, numbers: npt.NDArray[np.int64]) -> None:
+        outside = numbers[(numbers < 0) | (numbers >= self.rows)]
+        if len(outside):
+            raise IndexError(f"column {self.spec.name} of table {self.table} has rows 0 to {self.rows - 1}, not {outside[0]}")
+        if not self._committed.issuperset((numbers // self.shard_rows).tolist()):
+            raise IncompleteError(self._incomplete(self.missing()))
+
+    def _bytes_of(self, out: npt.NDArray[Any], rows: int) -> npt.NDArray[np.uint8]:
+        """`out` as the bytes of each row, `(rows, bytes)`, in the same memory."""
+        shape = (rows, *self.spec.shape)
+        fits = out.shape == shape and out.dtype == self._dtype
+        if not fits or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(
+                f"column {self.spec.name}: got an array {out.shape} {out.dtype} to read into, "
+                f"expected {shape} {self.spec.dtype}, contiguous and writable"
+            )
+        return out.view(np.uint8).reshape(rows, self._row_bytes)
+
+    def _runs(self, numbers: npt.NDArray[np.int64]) -> Sequence[int]:
+        """Where the runs of neighbours that are read together begin, and the end."""
+        if self.spec.compress or self._decoder or self._row_bytes > SMALL_ROW:
+            return range(len(numbers) + 1)
+        most = RUN_BYTES // self._row_bytes
+        begins = (np.diff(numbers) != 1) | (numbers[1:] % self.shard_rows % most == 0)
+        return [0, *(np.flatnonzero(begins) + 1).tolist(), len(numbers)]
 
     def as_dask(self) -> dask.array.Array:
         """The whole column as a lazy dask array `(rows, *shape)`, a shard per block: for statistics over more than memory.
@@ -96,36 +165,61 @@ class Column:
         import dask.array
 
         self.require()
-        blocks = (self.shard_rows, *self.spec.shape)
+        blocks = (self.shard_rows, *self.stored.shape)
         array: dask.array.Array = dask.array.from_zarr(  # type: ignore[no-untyped-call]
             str(self.root / self.table / self.spec.name), chunks=blocks
         )
-        return array
+        if self._decoder is None:
+            return array
+        chunks = (array.chunks[0], *((size,) for size in self.spec.shape))
+        tokens: dask.array.Array = dask.array.map_blocks(  # type: ignore[no-untyped-call]
+            compact.decode, array, dtype=self._dtype, chunks=chunks
+        )
+        return tokens
 
-    def _read_row(self, reader: ShardReader, row: int, out: npt.NDArray[Any]) -> None:
-        if not 0 <= row < self.rows:
-            raise IndexError(f"column {self.spec.name} of table {self.table} has rows 0 to {self.rows - 1}, not {row}")
+    def _read_run(self, numbers: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], runs: Sequence[int], run: int) -> None:
+        begin, end = runs[run], runs[run + 1]
+        if end - begin > 1 and self._read_together(int(numbers[begin]), out[begin:end]):
+            return
+        for position in range(begin, end):
+            self._read_row(int(numbers[position]), out[position])
+
+    def _read_together(self, first: int, out: npt.NDArray[np.uint8]) -> bool:
+        """Whether neighbours of one shard could be read with one call; if not, reading row by row finds out why."""
         try:
-            reader.read(row % self.shard_rows, out)
+            return self._reader(first // self.shard_rows).read_run(first % self.shard_rows, out)
+        except CorruptError:
+            return False
+
+    def _read_row(self, row: int, out: npt.NDArray[np.uint8]) -> None:
+        try:
+            reader, place = self._reader(row // self.shard_rows), row % self.shard_rows
+            if self._decoder is None:
+                reader.read(place, out)
+            else:
+                reader.read(place, self._decoder.buffer)
+                self._decoder.decode(out.view(np.float16).reshape(self.spec.shape))
         except CorruptError as error:
             raise CorruptError(
                 f"column {self.spec.name}, table {self.table}, row {row}: {error} "
-                f"`pcd cache verify {self.root}` lists all damage; delete the shard's commit record and extract again."
+                f"`pcd cache verify {self.root} --repair` writes the bad shards anew."
             ) from None
 
     def _reader(self, shard: int) -> ShardReader:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        if shard not in self._committed:
-            raise IncompleteError(self._incomplete(self.missing()))
+        with _lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
         path = chunk_path(self.root, self.table, self.spec, shard)
-        if not path.is_file():
-            raise CorruptError(f"{path}: the shard is committed but its file is gone.")
-        reader = ShardReader(path, self.spec, self.shard_rows, verify=self._verify)
-        self._open[shard] = reader
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)[1].close()
+        try:
+            reader = ShardReader(path, self.stored, self.shard_rows, verify=self._verify, index=self._indexes.get(shard))
+        except FileNotFoundError:
+            raise CorruptError(f"{path}: the shard is committed but its file is gone.") from None
+        with _lock:
+            self._indexes[shard] = reader.index
+            reader = self._open.setdefault(shard, reader)  # another thread may have been faster
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)  # closed once no thread reads from it
         return reader
 
     def _incomplete(self, gaps: list[tuple[int, int]]) -> str:
@@ -137,6 +231,7 @@ class Column:
         )
 
     def close(self) -> None:
-        """Close the open shard files."""
-        while self._open:
-            self._open.popitem()[1].close()
+        """Close the open shard files, each when no thread reads from it any more, and forget their indexes."""
+        with _lock:
+            self._open.clear()
+            self._indexes.clear()

@@ -7,11 +7,12 @@ fingerprint and content, so that a shard that was swapped or comes from elsewher
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pcd.errors import CorruptError
-from pcd.files import read_json, write_json
+from pcd.files import read_json, sync, write_json
 from pcd.fingerprint import digest
 
 FOLDER = "commits"
@@ -72,3 +73,21 @@ def committed(root: Path, table: str, column: str) -> set[int]:
         return set()
     with os.scandir(where) as entries:
         return {int(entry.name[:-5]) for entry in entries if entry.name.endswith(".json") and entry.name[:-5].isdigit()}
+
+
+def forget_strangers(root: Path, table: str, column: str, belongs: Callable[[Commit], bool]) -> None:
+    """Remove, durably, the records of a column that are damaged or do not belong to it.
+
+    An interrupted `gc` may leave records of a column dropped: they must not vouch for another one of the same name.
+    """
+    strangers = []
+    for shard in sorted(committed(root, table, column)):
+        try:
+            known = belongs(read(root, table, column, shard))
+        except CorruptError:
+            known = False
+        strangers += [] if known else [path(root, table, column, shard)]
+    for file in strangers:
+        file.unlink()
+    if strangers:
+        sync(folder(root, table, column))

@@ -1,7 +1,8 @@
 """The manifest: what a cache is supposed to hold, in one JSON file at its root.
 
 It says nothing of what is there already: that is the commit records' word. It holds no times and no host names, so that a
-cache built twice is the same bytes; those go to `provenance.jsonl`.
+cache built twice is the same bytes; those go to `provenance.jsonl`. It carries its own digest, and a spare copy of it lies
+beside the commit records: an edited or damaged manifest is noticed when the cache is opened and can be restored.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pcd.columns import ColumnSpec
-from pcd.errors import CacheError
-from pcd.files import read_json, write_json
+from pcd.errors import CacheError, CorruptError
+from pcd.files import json_text, read_json, write_text
+from pcd.fingerprint import digest
 from pcd.views import ViewPlan
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+SPARE = "commits/manifest.json"
+"""The same bytes as the manifest. Written first, so that it is never behind it."""
 FORMAT = "pcd-cache"
 
 
@@ -83,31 +87,51 @@ class Manifest:
         whole = self.as_json()
         return {key: whole[key] for key in ("schema", "dataset", "views", "split", "tables")}
 
+    def text(self) -> str:
+        """What is written: plain values and their digest."""
+        value = self.as_json()
+        return json_text({**value, "digest": digest(value)})
+
     def write(self, root: Path) -> None:
-        """Write durably to `root`."""
-        write_json(root / MANIFEST, self.as_json())
+        """Write durably to `root`, the spare copy first."""
+        write_text(root / SPARE, self.text())
+        write_text(root / MANIFEST, self.text())
 
     @staticmethod
-    def read(root: Path) -> Manifest:
-        """Read from `root`. Raises `CacheError` if there is none, it is damaged, or of another schema version."""
-        path = root / MANIFEST
+    def read(root: Path, name: str = MANIFEST) -> Manifest:
+        """Read from `root`; `name` may be `SPARE`.
+
+        Raises `CacheError` if there is none or it is of another schema version, `CorruptError` if it is damaged or was edited.
+        """
+        path = root / name
         if not path.is_file():
-            raise CacheError(f"{root} is not a pcd cache: {MANIFEST} is not there. `pcd extract --cache {root}` makes one.")
+            raise CacheError(f"{root} is not a pcd cache: {name} is not there. `pcd extract --cache {root}` makes one.")
         try:
             value = read_json(path)
             schema = value["schema"] if value.get("format") == FORMAT else None
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CacheError(f"{path} is damaged: {error}. Restore it from a copy, or extract into a new folder.") from None
+            if schema == SCHEMA:
+                claimed = value.pop("digest", None)  # caches of earlier versions have none
+                manifest = _from_json(value)
+                if claimed not in (None, digest(value)):
+                    raise ValueError("it does not agree with its own digest")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(
+                f"{path} is damaged, or was edited: {error}. `pcd cache verify {root} --repair` restores it from {SPARE}."
+            ) from None
         if schema != SCHEMA:
             raise CacheError(f"{path} has schema {schema!r}, this pcd reads schema {SCHEMA}; use the pcd that wrote it.")
-        return Manifest(
-            dataset=value["dataset"],
-            plan=ViewPlan.from_json(value["views"]),
-            split=value["split"],
-            tables={name: TableEntry(**value["tables"][name]) for name in sorted(value["tables"], key=_in_order)},
-            columns={name: ColumnEntry.from_json(column) for name, column in value["columns"].items()},
-            encoders=value["encoders"],
-        )
+        return manifest
+
+
+def _from_json(value: dict[str, Any]) -> Manifest:
+    return Manifest(
+        dataset=value["dataset"],
+        plan=ViewPlan.from_json(value["views"]),
+        split=value["split"],
+        tables={name: TableEntry(**value["tables"][name]) for name in sorted(value["tables"], key=_in_order)},
+        columns={name: ColumnEntry.from_json(column) for name, column in value["columns"].items()},
+        encoders=value["encoders"],
+    )
 
 
 def _in_order(table: str) -> tuple[int, str]:

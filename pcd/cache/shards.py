@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ from numcodecs import zstd
 
 from pcd.columns import ColumnSpec
 from pcd.errors import CorruptError
-from pcd.files import partial_of, publish
+from pcd.files import make_folder, naming, partial_of, publish
 
 CRC_BYTES = 4
 ENTRY_BYTES = 16
-MISSING = np.uint64(2**64 - 1)
+MISSING = 2**64 - 1
 ZSTD_LEVEL = 3
 
 
@@ -33,7 +35,7 @@ RESIDUE = 0x48674BC7
 """crc32c of any bytes followed by their own little-endian crc32c: one call checks a chunk without cutting it."""
 
 
-def crc32c(data: bytes) -> bytes:
+def crc32c(data: bytes | npt.NDArray[np.uint8]) -> bytes:
     """crc32c of some bytes, little-endian, as Zarr's codec stores it."""
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
@@ -55,7 +57,10 @@ class ShardWriter:
     """Collects the rows of one shard in `<name>.partial`; `finish` makes them durable under the final name."""
 
     def __init__(self, path: Path, spec: ColumnSpec, rows: int) -> None:
-        """`rows` is the shard's capacity; a last shard may be finished with fewer."""
+        """`rows` is the shard's capacity; a last shard may be finished with fewer.
+
+        Here, in `append` and in `finish` a disk that is full or fails raises `SpaceError` or `WriteError`, naming the file.
+        """
         self.path = path
         self._spec = spec
         self._capacity = rows
@@ -64,8 +69,9 @@ class ShardWriter:
         self._written = 0
         self._offset = 0
         self._hash = hashlib.sha256()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = partial_of(path).open("wb")
+        with naming(path):
+            make_folder(path.parent)
+            self._handle = partial_of(path).open("wb")
 
     @property
     def room(self) -> int:
@@ -79,17 +85,18 @@ class ShardWriter:
                 f"column {self._spec.name}: got {len(rows)} rows of {rows.shape[1:]} {rows.dtype}, "
                 f"expected at most {self.room} of {self._spec.shape} {self._spec.dtype}"
             )
-        for row in np.ascontiguousarray(rows, dtype=self._dtype):
-            data = row.tobytes()
-            self._put(zstd.compress(data, ZSTD_LEVEL) if self._spec.compress else data)
+        data = np.ascontiguousarray(rows, dtype=self._dtype).view(np.uint8).reshape(len(rows), self._spec.row_bytes)
+        with naming(self.path):
+            for row in data:
+                self._put(zstd.compress(row, ZSTD_LEVEL) if self._spec.compress else row)
 
-    def _put(self, chunk: bytes) -> None:
-        chunk += crc32c(chunk)
-        self._index[self._written] = (self._offset, len(chunk))
-        self._write(chunk)
+    def _put(self, body: bytes | npt.NDArray[np.uint8]) -> None:
+        self._index[self._written] = (self._offset, len(body) + CRC_BYTES)
+        self._write(body)
+        self._write(crc32c(body))
         self._written += 1
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: Any) -> None:
         self._handle.write(data)
         self._hash.update(data)
         self._offset += len(data)
@@ -97,68 +104,102 @@ class ShardWriter:
     def finish(self) -> ShardRecord:
         """Write the index, fsync, rename, fsync the folder."""
         index = self._index.tobytes()
-        self._write(index + crc32c(index))
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
-        publish(partial_of(self.path), self.path)
+        with naming(self.path):
+            self._write(index + crc32c(index))
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+            self._handle.close()
+            publish(partial_of(self.path), self.path)
         return ShardRecord(self._offset, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        """Close and remove what was collected."""
-        self._handle.close()
-        partial_of(self.path).unlink(missing_ok=True)
+        """Close and remove what was collected. On a disk that fails it may stay behind, as after a crash."""
+        with suppress(OSError):  # a full disk does not take the last bytes of the buffer either
+            self._handle.close()
+        with suppress(OSError):
+            partial_of(self.path).unlink(missing_ok=True)
 
 
 class ShardReader:
-    """Random rows of one shard file: the index is read and verified once, rows come by `preadv`."""
+    """Random rows of one shard file: the index is read and verified once, rows come by `preadv` into the caller's memory.
 
-    def __init__(self, path: Path, spec: ColumnSpec, rows: int, *, verify: bool = True) -> None:
-        """Raises `CorruptError` if the file is too short or its index fails its checksum."""
+    May be used by several threads at once. The file is closed by `close`, or when nobody refers to the reader any more: it can
+    be dropped while another thread still reads.
+    """
+
+    def __init__(
+        self, path: Path, spec: ColumnSpec, rows: int, *, verify: bool = True, index: npt.NDArray[np.uint64] | None = None
+    ) -> None:
+        """`index` is the `index` of an earlier reader of the same file: it is then not read again.
+
+        Raises `FileNotFoundError`, and `CorruptError` if the file is too short or its index fails its checksum.
+        """
         self.path = path
         self._spec = spec
         self._verify = verify
         self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            self._index = self._read_index(rows)
-        except BaseException:
-            self.close()
-            raise
+        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+        self.index = self._read_index(rows) if index is None else index
+        """Offset and length of each row's chunk, `(rows, 2)`."""
 
     def _read_index(self, rows: int) -> npt.NDArray[np.uint64]:
         size = os.fstat(self._descriptor).st_size
         length = rows * ENTRY_BYTES + CRC_BYTES
         tail = os.pread(self._descriptor, length, size - length) if size >= length else b""
         if len(tail) != length or not intact(tail):
+            self.close()
             raise CorruptError(f"{self.path}: the shard index is damaged ({size} bytes, index of {rows} rows expected).")
         return np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(rows, 2)
 
-    def read(self, row: int, out: npt.NDArray[Any]) -> None:
-        """Read row `row` of the shard into `out` (contiguous, of the column's shape and dtype).
+    def read(self, row: int, out: npt.NDArray[np.uint8]) -> None:
+        """Read the bytes of row `row` of the shard into `out` `(bytes of a row,)`.
 
-        Raises `CorruptError` for a row that is absent, cut short or fails its checksum.
+        Raises `CorruptError` for a row that is absent, cut short or fails its checksum. Uncompressed rows are not checked if
+        `verify` is off; compressed ones always are, which costs little beside zstd.
         """
-        offset, length = (int(value) for value in self._index[row])
+        offset, length = self.index[row].tolist()
+        fill = self._fill_compressed if self._spec.compress else self._fill
         if offset == MISSING:
             raise CorruptError(f"{self.path}: row {row} of the shard is absent although the shard is committed.")
-        target = out.view(np.uint8).reshape(-1).data
-        if not self._verify and not self._spec.compress:
-            if os.preadv(self._descriptor, [target], offset) != target.nbytes:
-                self._damaged(row)
-            return
+        if not fill(out, offset, length):
+            raise CorruptError(f"{self.path}: row {row} of the shard is damaged (cut short, or its crc32c does not agree).")
+
+    def _fill(self, target: Any, offset: int, length: int) -> bool:
+        if length != target.nbytes + CRC_BYTES:
+            return False
+        if not self._verify:
+            return bool(os.preadv(self._descriptor, [target], offset) == target.nbytes)
+        stored = bytearray(CRC_BYTES)
+        if os.preadv(self._descriptor, [target, stored], offset) != length:
+            return False
+        return int(google_crc32c.value(target)) == int.from_bytes(stored, "little")
+
+    def _fill_compressed(self, target: npt.NDArray[np.uint8], offset: int, length: int) -> bool:
         chunk = os.pread(self._descriptor, length, offset)
         if len(chunk) != length or not intact(chunk):
-            self._damaged(row)
-        body: bytes | memoryview = memoryview(chunk)[:-CRC_BYTES]
-        if self._spec.compress:
-            body = zstd.decompress(body)
+            return False
+        body = zstd.decompress(memoryview(chunk)[:-CRC_BYTES])
         if len(body) != target.nbytes:
-            self._damaged(row)
-        target[:] = body
+            return False
+        target.data[:] = body
+        return True
 
-    def _damaged(self, row: int) -> None:
-        raise CorruptError(f"{self.path}: row {row} of the shard is damaged (cut short, or its crc32c does not agree).")
+    def read_run(self, first: int, out: npt.NDArray[np.uint8]) -> bool:
+        """Read the bytes of neighbouring rows from row `first` on into `out` `(n, bytes of a row)` with one `preadv`.
+
+        Returns False, with `out` untouched, if that cannot be done or a row is not intact: `read` then says which and why.
+        """
+        entries, length = self.index[first : first + len(out)], out.shape[1] + CRC_BYTES
+        if (entries[:, 1] != length).any() or (np.diff(entries[:, 0]) != length).any():
+            return False
+        chunks = np.empty((len(out), length), dtype=np.uint8)
+        if os.preadv(self._descriptor, [chunks.data], int(entries[0, 0])) != chunks.nbytes:
+            return False
+        if self._verify and any(google_crc32c.value(chunk) != RESIDUE for chunk in chunks):
+            return False
+        out[:] = chunks[:, :-CRC_BYTES]
+        return True
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        self._finalizer()

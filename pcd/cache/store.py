@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from pcd.cache import commits
+from pcd.cache.column import chunk_path
 from pcd.cache.manifest import ColumnEntry, Manifest
 from pcd.cache.shards import ZSTD_LEVEL
 from pcd.cache.table import SAMPLES, Table
+from pcd.cache.texts import METADATA, read_attributes, read_text, text_files, text_folder, text_folders
 from pcd.columns import ColumnSpec
 from pcd.errors import CacheError, suggest
 from pcd.files import write_bytes, write_json
 from pcd.fingerprint import digest
-
-TEXT = "text"
 
 
 class Cache:
@@ -44,9 +46,9 @@ class Cache:
         """Begin a cache: groups, sample lists, then the manifest, which makes it one. Raises `CacheError` if one is there."""
         if (root / "manifest.json").exists():
             raise CacheError(f"{root} already holds a cache.")
-        _write_group(root, {"pcd": "see manifest.json"})
+        for path, data in group_files(manifest).items():
+            write_bytes(root / path, data)
         for name, names in keys.items():
-            _write_group(root / name, {"samples": len(names)})
             write_json(root / name / SAMPLES, list(names))
         manifest.write(root)
         return Cache(root, manifest)
@@ -75,62 +77,47 @@ class Cache:
             if name in self.manifest.columns:
                 continue
             for table in entry.tables:
+                self._forget_strangers(table, entry)
                 self._write_array(table, entry)
             self.manifest.columns[name] = entry
         self.manifest.write(self.root)
 
+    def _forget_strangers(self, table: str, entry: ColumnEntry) -> None:
+        """Of records that are there already keep those that vouch for this very column: same fingerprint, rows and file."""
+        per_sample = self.manifest.plan.views if entry.spec.axis == "view" else 1
+        rows, unit = self.manifest.tables[table].samples * per_sample, entry.shard_samples * per_sample
+        fingerprint = digest(entry.fingerprint)
+
+        def belongs(commit: commits.Commit) -> bool:
+            file, start = chunk_path(self.root, table, entry.spec, commit.shard), commit.shard * unit
+            same = (commit.start, commit.stop, commit.fingerprint) == (start, min(start + unit, rows), fingerprint)
+            return same and file.is_file() and file.stat().st_size == commit.bytes
+
+        commits.forget_strangers(self.root, table, entry.spec.name, belongs)
+
     def _write_array(self, table: str, entry: ColumnEntry) -> None:
-        spec, samples = entry.spec, self.manifest.tables[table].samples
-        per_sample = self.manifest.plan.views if spec.axis == "view" else 1
-        store = MemoryStore()
-        zarr.create_array(
-            store,
-            name=spec.name,
-            shape=(samples * per_sample, *spec.shape),
-            chunks=(1, *spec.shape),
-            shards=(entry.shard_samples * per_sample, *spec.shape),
-            dtype=spec.dtype,
-            serializer=BytesCodec(endian="little") if np.dtype(spec.dtype).itemsize > 1 else BytesCodec(endian=None),
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()] if spec.compress else [Crc32cCodec()],
-            fill_value=0,
-            dimension_names=(spec.axis, *spec.dims),
-            attributes=_attributes(spec, entry),
-        )
-        for key, value in store._store_dict.items():
-            if key != "zarr.json":  # the table's own group is there already
-                write_bytes(self.root / table / key, value.to_bytes())
+        for key, data in array_files(self.manifest, table, entry).items():
+            write_bytes(self.root / table / key, data)
 
     def text(self, encoder: str, phrases: Sequence[str]) -> npt.NDArray[np.float32] | None:
-        """Text embeddings `(len(phrases), D)` made by the encoder of that weights digest, or None if they are not stored."""
-        folder = self._text_folder(encoder, phrases)
-        if not (folder / "zarr.json").is_file():
+        """Text embeddings `(len(phrases), D)` made by the encoder of that weights digest, or None if they are not stored.
+
+        Raises `CorruptError` for a damaged file.
+        """
+        folder = text_folder(self.root, encoder, phrases)
+        if not (folder / METADATA).is_file():
             return None
-        return np.asarray(zarr.open_array(folder, mode="r")[:], dtype=np.float32)
+        return read_text(folder)[2]
 
     def add_text(self, encoder: str, phrases: Sequence[str], embeddings: npt.NDArray[np.float32]) -> None:
         """Store text embeddings `(len(phrases), D)` beside the columns; the metadata is written last."""
-        store = MemoryStore()
-        array = zarr.create_array(
-            store,
-            shape=embeddings.shape,
-            chunks=embeddings.shape,
-            dtype="float32",
-            compressors=[Crc32cCodec()],
-            dimension_names=("phrase", "channel"),
-            attributes={"encoder": encoder, "phrases": list(phrases)},
-        )
-        array[:] = embeddings
-        folder = self._text_folder(encoder, phrases)
-        for key in sorted(store._store_dict):  # "c/..." before "zarr.json"
-            write_bytes(folder / key, store._store_dict[key].to_bytes())
+        for key, data in text_files(encoder, phrases, embeddings).items():
+            write_bytes(text_folder(self.root, encoder, phrases) / key, data)
 
     def texts(self) -> list[dict[str, Any]]:
         """What text embeddings are stored: encoder digest and phrases."""
-        files = sorted((self.root / TEXT).glob("*/*/zarr.json"))
-        return [json.loads(file.read_text(encoding="utf-8"))["attributes"] for file in files]
-
-    def _text_folder(self, encoder: str, phrases: Sequence[str]) -> Path:
-        return self.root / TEXT / encoder[:16] / digest(list(phrases))[:16]
+        stored = (read_attributes(folder) for folder in text_folders(self.root))
+        return [{"encoder": attributes["encoder"], "phrases": attributes["phrases"]} for attributes in stored]
 
     def close(self) -> None:
         """Close all open shard files."""
@@ -156,7 +143,41 @@ def _attributes(spec: ColumnSpec, entry: ColumnEntry) -> dict[str, Any]:
     return attributes
 
 
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+def array_files(manifest: Manifest, table: str, entry: ColumnEntry) -> dict[str, bytes]:
+    """Zarr metadata of a column in `table` and of the groups above it, by path inside the table's folder."""
+    per_sample = manifest.plan.views if entry.spec.axis == "view" else 1
+    rows, shard_rows = manifest.tables[table].samples * per_sample, entry.shard_samples * per_sample
+    return dict(_array_files(entry.spec, rows, shard_rows, json.dumps(_attributes(entry.spec, entry))))
+
+
+@lru_cache(maxsize=1024)
+def _array_files(spec: ColumnSpec, rows: int, shard_rows: int, attributes: str) -> tuple[tuple[str, bytes], ...]:
     store = MemoryStore()
-    zarr.create_group(store, attributes=attributes)
-    write_bytes(folder / "zarr.json", store._store_dict["zarr.json"].to_bytes())
+    zarr.create_array(
+        store,
+        name=spec.name,
+        shape=(rows, *spec.shape),
+        chunks=(1, *spec.shape),
+        shards=(shard_rows, *spec.shape),
+        dtype=spec.dtype,
+        serializer=BytesCodec(endian="little") if np.dtype(spec.dtype).itemsize > 1 else BytesCodec(endian=None),
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()] if spec.compress else [Crc32cCodec()],
+        fill_value=0,
+        dimension_names=(spec.axis, *spec.dims),
+        attributes=json.loads(attributes),
+    )
+    # the table's own group is there already
+    return tuple((key, value.to_bytes()) for key, value in store._store_dict.items() if key != "zarr.json")
+
+
+def group_files(manifest: Manifest) -> dict[str, bytes]:
+    """Zarr metadata of the cache itself and of its tables, by path."""
+    tables = {f"{name}/zarr.json": _group("samples", table.samples) for name, table in manifest.tables.items()}
+    return {"zarr.json": _group("pcd", "see manifest.json"), **tables}
+
+
+@lru_cache
+def _group(attribute: str, value: Any) -> bytes:
+    store = MemoryStore()
+    zarr.create_group(store, attributes={attribute: value})
+    return store._store_dict["zarr.json"].to_bytes()

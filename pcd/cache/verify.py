@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from pcd.cache import commits
 from pcd.cache.column import Column, chunk_path
-from pcd.cache.shards import ShardReader
+from pcd.cache.fault import Fault
+from pcd.cache.metadata import verify_metadata
+from pcd.cache.shards import CRC_BYTES, ENTRY_BYTES, MISSING, RESIDUE, intact
 from pcd.cache.store import Cache
-from pcd.errors import CacheError, CorruptError
-from pcd.fingerprint import digest, file_digest
+from pcd.errors import CorruptError
+from pcd.files import json_text
+from pcd.fingerprint import digest
+from pcd.overlap import ahead
 
+__all__ = ["Fault", "damaged_shards", "shard_count", "verify_cache"]
 
-@dataclass(frozen=True)
-class Fault:
-    """Something wrong: where, in which column and rows, and whether it is absent or damaged."""
-
-    table: str
-    column: str
-    shard: int | None
-    rows: str
-    kind: str
-    detail: str
+THREADS = min(4, os.cpu_count() or 1)
+"""Shards checked at once; each is held in memory as a whole, 50 to 100 MB."""
 
 
 def shard_count(cache: Cache) -> int:
@@ -33,92 +35,89 @@ def shard_count(cache: Cache) -> int:
     return sum(table.column(name).shards for table in cache.tables for name in table.column_names())
 
 
-def verify_cache(cache: Cache, advance: Callable[[], None] = lambda: None) -> list[Fault]:
-    """Check every commit record, file length, SHA-256, shard index and row checksum; `advance` is called per shard."""
-    faults: list[Fault] = []
-    for table in cache.tables:
-        try:
-            _ = table.keys
-        except CorruptError as error:
-            faults.append(Fault(table.name, "samples", None, "all", "damaged", str(error)))
-        for name in table.column_names():
-            column = table.column(name)
-            faults += _verify_metadata(column)
-            for shard in range(column.shards):
-                fault = _verify_shard(column, shard)
-                faults += [fault] if fault else []
-                advance()
-    if not cache.manifest.columns:
-        faults.append(Fault("-", "-", None, "all", "absent", "the cache has no columns yet"))
+def verify_cache(cache: Cache, advance: Callable[[], None] = lambda: None, *, fast: bool = False) -> list[Fault]:
+    """Check the metadata, and each shard's commit record, length, SHA-256, index and the crc32c of every row.
+
+    `fast` leaves out what needs the data to be read: SHA-256 and rows. `advance` is called per shard.
+    """
+    faults = verify_metadata(cache)
+    columns = [
+        (table.column(name), digest(table.manifest.columns[name].fingerprint))
+        for table in cache.tables
+        for name in table.column_names()
+    ]
+    jobs = [(column, fingerprint, shard) for column, fingerprint in columns for shard in range(column.shards)]
+    with closing(ahead(lambda job: _verify_shard(*job, fast), jobs, THREADS, THREADS)) as results:
+        for fault in results:
+            faults += [fault] if fault else []
+            advance()
     return faults
 
 
-def _verify_metadata(column: Column) -> list[Fault]:
-    file = column.root / column.table / column.spec.name / "zarr.json"
-    if file.is_file():
-        return []
-    return [Fault(column.table, column.spec.name, None, "all", "absent", f"{file} is gone")]
+def damaged_shards(faults: list[Fault]) -> dict[tuple[str, str], set[int]]:
+    """Shards to write anew, by table and column."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for fault in faults:
+        if fault.kind == "damaged" and fault.shard is not None:
+            found.setdefault((fault.table, fault.column), set()).add(fault.shard)
+    return found
 
 
-def _verify_shard(column: Column, shard: int) -> Fault | None:
+def _verify_shard(column: Column, fingerprint: str, shard: int, fast: bool) -> Fault | None:
     start, stop = shard * column.shard_rows, min((shard + 1) * column.shard_rows, column.rows)
-
-    def fault(kind: str, detail: str) -> Fault:
-        return Fault(column.table, column.spec.name, shard, f"{start}:{stop}", kind, detail)
-
     record = commits.path(column.root, column.table, column.spec.name, shard)
-    if not record.is_file():
-        return fault("absent", "not committed")
     try:
+        if not record.is_file():
+            return Fault(column.table, column.spec.name, shard, f"{start}:{stop}", "absent", "not committed")
         commit = commits.read(column.root, column.table, column.spec.name, shard)
-        if (commit.start, commit.stop) != (start, stop):
-            return fault("damaged", f"the record speaks of rows {commit.start}:{commit.stop}")
-        if commit.fingerprint != digest(column.entry.fingerprint):
-            return fault("damaged", "the record carries another fingerprint than the manifest")
-        detail = _verify_file(column, commit)
+        if record.read_bytes() != json_text({**asdict(commit), "digest": commit.digest}).encode():
+            detail = f"{record} is spelled otherwise than it was written"
+        elif (commit.start, commit.stop) != (start, stop):
+            detail = f"the record speaks of rows {commit.start}:{commit.stop}"
+        elif commit.fingerprint != fingerprint:
+            detail = "the record carries another fingerprint than the manifest"
+        else:
+            detail = _verify_file(column, commit, fast)
     except CorruptError as error:
-        return fault("damaged", str(error))
-    return fault("damaged", detail) if detail else None
+        detail = str(error)
+    return Fault(column.table, column.spec.name, shard, f"{start}:{stop}", "damaged", detail) if detail else None
 
 
-def _verify_file(column: Column, commit: commits.Commit) -> str:
+def _verify_file(column: Column, commit: commits.Commit, fast: bool) -> str:
     path = chunk_path(column.root, column.table, column.spec, commit.shard)
     if not path.is_file():
         return f"{path} is gone"
     if path.stat().st_size != commit.bytes:
         return f"{path} has {path.stat().st_size} bytes, {commit.bytes} were written"
-    if file_digest(path) != commit.sha256:
-        return f"{path}: {_damaged_rows(column, path, commit)}"
+    if fast:
+        index = _index(_tail(path, column.shard_rows * ENTRY_BYTES + CRC_BYTES))
+        return "" if index is not None else f"{path}: the shard index is damaged"
+    data = np.fromfile(path, dtype=np.uint8)
+    agrees = hashlib.sha256(data.data).hexdigest() == commit.sha256
+    index = _index(data[-(column.shard_rows * ENTRY_BYTES + CRC_BYTES) :].tobytes())
+    if index is None:
+        return f"{path}: the shard index is damaged"
+    bad = [commit.start + row for row in range(commit.stop - commit.start) if not _row_intact(data, *index[row].tolist())]
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (" ..." if len(bad) > 8 else "")
+        return f"{path}: {len(bad)} of {commit.stop - commit.start} rows fail their checksum: {shown}"
+    if not agrees:
+        return f"{path}: the bytes are not those that were committed, though each row agrees with its own checksum"
     return ""
 
 
-def _damaged_rows(column: Column, path: Path, commit: commits.Commit) -> str:
-    """Which rows of a file with a wrong SHA-256 fail their own checksum."""
-    reader = ShardReader(path, column.spec, column.shard_rows)
-    out = np.empty((1, *column.spec.shape), dtype=column.spec.dtype)
-    bad = []
-    for row in range(commit.stop - commit.start):
-        try:
-            reader.read(row, out)
-        except CorruptError:
-            bad.append(commit.start + row)
-    reader.close()
-    if not bad:
-        return "the bytes are not those that were committed, though each row agrees with its own checksum"
-    shown = ", ".join(map(str, bad[:8])) + (" ..." if len(bad) > 8 else "")
-    return f"{len(bad)} of {commit.stop - commit.start} rows fail their checksum: {shown}"
+def _tail(path: Path, length: int) -> bytes:
+    with path.open("rb") as handle:
+        handle.seek(max(0, path.stat().st_size - length))
+        return handle.read()
 
 
-def forget(cache: Cache, faults: list[Fault]) -> int:
-    """Remove the commit records of damaged shards, so that the same `extract` writes exactly those anew; returns how many.
+def _index(tail: bytes) -> npt.NDArray[np.uint64] | None:
+    """Offset and length of every row `(rows, 2)`, or None if the index fails its checksum."""
+    return np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(-1, 2) if intact(tail) else None
 
-    Raises `CacheError` if something other than a shard is damaged: that cannot be extracted again in place.
-    """
-    whole = [fault for fault in faults if fault.shard is None]
-    if whole:
-        raise CacheError(f"{cache.root}: {whole[0].detail}; this cannot be mended in place, extract into a new folder.")
-    damaged = [fault for fault in faults if fault.kind == "damaged" and fault.shard is not None]
-    for fault in damaged:
-        assert fault.shard is not None
-        commits.path(cache.root, fault.table, fault.column, fault.shard).unlink()
-    return len(damaged)
+
+def _row_intact(data: npt.NDArray[np.uint8], offset: int, length: int) -> bool:
+    if offset == MISSING or length < CRC_BYTES or offset + length > len(data):
+        return False
+    return int(google_crc32c.value(data[offset : offset + length])) == RESIDUE

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from pcd.cache import commits
+from pcd.cache import commits, compact
 from pcd.cache.column import Column, chunk_path
 from pcd.cache.shards import ShardWriter
 from pcd.cache.table import Table
@@ -27,7 +28,10 @@ class ColumnWriter:
         self._done = commits.committed(column.root, column.table, column.spec.name)
 
     def append(self, rows: npt.NDArray[Any]) -> None:
-        """Append rows `(n, *shape)` in the column's dtype."""
+        """Append rows `(n, *shape)` in the column's dtype, as they will be read.
+
+        Raises `ValueError` for another shape or dtype, `CacheError` for values that the column's compact form cannot hold.
+        """
         while len(rows):
             shard = self._row // self._column.shard_rows
             end = min((shard + 1) * self._column.shard_rows, self._stop)
@@ -42,8 +46,18 @@ class ColumnWriter:
         column = self._column
         if self._writer is None:
             path = chunk_path(column.root, column.table, column.spec, shard)
-            self._writer = ShardWriter(path, column.spec, column.shard_rows)
-        self._writer.append(rows)
+            self._writer = ShardWriter(path, column.stored, column.shard_rows)
+        self._writer.append(rows if column.stored == column.spec else self._coded(rows))
+
+    def _coded(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows of a column in compact form as they are stored."""
+        column = self._column
+        if rows.shape[1:] != column.spec.shape or rows.dtype != np.dtype(column.spec.dtype):
+            raise ValueError(
+                f"column {column.spec.name}: got rows of {rows.shape[1:]} {rows.dtype} to code, "
+                f"expected {column.spec.shape} {column.spec.dtype}"
+            )
+        return compact.encode(rows, f"column {column.spec.name} of table {column.table}", self._row)
 
     def _commit(self, shard: int, stop: int) -> None:
         assert self._writer is not None

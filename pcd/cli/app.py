@@ -45,7 +45,9 @@ app = typer.Typer(
     add_completion=False,
 )
 cache_app = typer.Typer(
-    help="Look at a cache and check it.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+    help="Look at caches, check, mend, thin out, copy and merge them.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache", rich_help_panel=LOOK)
 

@@ -19,12 +19,13 @@ def demo(
     device: options.Device = "auto",
 ) -> None:
     """Synthetic scenes through extract, train, evaluate and report, beside two baselines: a few minutes, no downloads."""
-    from pcd.cli.train import print_epoch
+    from pcd.cli.train import EpochLines
     from pcd.recipe import load_recipe
     from pcd.stages.demo import demo as run_stage
 
+    recipe = load_recipe("demo", set_ or ())
     with reporting() as progress:
-        result = run_stage(load_recipe("demo", set_ or ()), out, device=device, progress=progress, on_epoch=print_epoch)
+        result = run_stage(recipe, out, device=device, progress=progress, on_epoch=EpochLines(recipe.train.epochs))
     table = Table(title="test scores", title_justify="left")
     table.add_column("what predicts")
     for name in ("abs_rel", "rmse", "delta1"):

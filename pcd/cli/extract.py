@@ -17,6 +17,29 @@ class _OnError(StrEnum):
     skip = "skip"
 
 
+class _Tokens(StrEnum):
+    float16 = "float16"
+    int8 = "int8"
+
+
+_Dask = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Share the work among the workers of this dask scheduler, e.g. tcp://HOST:8786.",
+        show_default="work here",
+    ),
+]
+_Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Only every N-th range of samples, for job arrays without a scheduler: parts may be written at once.",
+        show_default="all",
+    ),
+]
+
+
 @app.command(rich_help_panel=MAKE, epilog="Example: pcd extract --dataset kitti --root /data/kitti")
 def extract(
     dataset: Annotated[str, typer.Option(help="nyu, kitti, folder, synthetic, or a name from an installed package.")],
@@ -33,6 +56,18 @@ def extract(
     flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Encode mirrored views too (needed for flip TTA).")] = True,
     on_error: Annotated[_OnError, typer.Option(help="What to do with a sample that cannot be read.")] = _OnError.stop,
     batch: Annotated[int | None, typer.Option(help="Views per encoder batch.", show_default="by device")] = None,
+    tokens: Annotated[
+        _Tokens | None,
+        typer.Option(
+            help="Store patch tokens as float16, or as int8 in half the bytes, which changes them a little.",
+            show_default="as the cache has them, float16 in a new one",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes here that share the work, each with an encoder; GPUs in turn.")
+    ] = 1,
+    dask: _Dask = None,
+    part: _Part = None,
 ) -> None:
     """Run the frozen encoder once over every view and keep the tokens and patch depths in a cache."""
     from pcd.stages.extract import extract as run_stage
@@ -49,6 +84,10 @@ def extract(
             device=device,
             on_error=on_error.value,
             batch_views=batch,
+            tokens=tokens.value if tokens else None,
             also=shipped_recipes(dataset),
+            workers=workers,
+            dask=dask,
+            part=part,
             progress=progress,
         )

@@ -23,7 +23,7 @@ def run(
 ) -> None:
     """Extract, train and evaluate as a recipe says, skipping what is done."""
     from pcd.cli.evaluate import print_scores
-    from pcd.cli.train import print_best, print_epoch
+    from pcd.cli.train import EpochLines, print_best
     from pcd.recipe import load_recipe
     from pcd.stages.recipes import extraction_recipe
     from pcd.stages.run import run_recipe
@@ -32,7 +32,12 @@ def run(
     resolved = extraction_recipe(dataset, recipe, set_ or (), root=root, weights=weights)
     with reporting() as progress:
         outcome = run_recipe(
-            resolved, cache or Path("cache") / dataset, run, device=device, progress=progress, on_epoch=print_epoch
+            resolved,
+            cache or Path("cache") / dataset,
+            run,
+            device=device,
+            progress=progress,
+            on_epoch=EpochLines(resolved.train.epochs),
         )
     print_best(outcome.run)
     print_scores(outcome.evaluation)

@@ -44,6 +44,14 @@ def sweep(
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="A metric (its best epoch) or last.")] = "abs_rel",
     device: options.Device = "auto",
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Spread the runs over the workers of this dask scheduler, e.g. tcp://HOST:8786.",
+            show_default="train here",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Train variants of a recipe on one read of a cache, and compare them. The same command continues an interrupted sweep."""
@@ -53,7 +61,16 @@ def sweep(
 
     with reporting() as progress, Cache.open(cache) as opened:
         plan = plan_sweep(opened, name, recipe=recipe, vary=vary or (), seeds=_seeds(seeds), overrides=set_ or ())
-        done = run_stage(plan, opened, out, protocols=protocol or (), checkpoint=checkpoint, device=device, progress=progress)
+        done = run_stage(
+            plan,
+            opened,
+            out,
+            protocols=protocol or (),
+            checkpoint=checkpoint,
+            device=device,
+            dask=dask,
+            progress=progress,
+        )
     if json:
         print_json(done.document)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pcd.recipe import parse_table
@@ -31,6 +31,29 @@ def create_encoder(
     cls = registry.get(kind)
     encoder: Encoder = cls(model, parse_table(cls.Options, options, where), view_size, device)
     return encoder
+
+
+def with_columns(encoder: Encoder, names: Iterable[str]) -> Encoder:
+    """The encoder that also makes those of the columns `names` that it makes only when they are asked for.
+
+    Names that are none of its columns are passed over: a head may read columns of several encoders. Raises `UsageError` as
+    `Extendable.offers` does.
+    """
+    from pcd.encoders.base import Extendable
+
+    made = {spec.name for spec in encoder.columns}
+    asked = [name for name in dict.fromkeys(names) if name not in made]
+    if not isinstance(encoder, Extendable):
+        return encoder
+    offered = [name for name in asked if encoder.offers(name)]
+    return encoder.with_columns(offered) if offered else encoder
+
+
+def output_of(encoder: Encoder, column: str) -> dict[str, Any]:
+    """What determines a column of the encoder beside its fingerprint: nothing, for those that it always makes."""
+    from pcd.encoders.base import Extendable
+
+    return dict(encoder.outputs.get(column, {})) if isinstance(encoder, Extendable) else {}
 
 
 def request_of(name: str, options: Mapping[str, Any], where: str = "encoder") -> dict[str, Any]:

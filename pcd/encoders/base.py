@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,6 +36,7 @@ class Encoder(Protocol):
     Options: ClassVar[type[EncoderOptions]]
 
     columns: tuple[ColumnSpec, ...]
+    """The columns of `encode`: those it always makes, unless it is `Extendable`."""
     grid: tuple[int, int]
     """Patches of a view: (rows, columns)."""
     has_text: bool
@@ -59,6 +60,26 @@ class Encoder(Protocol):
 
     def embed_text(self, phrases: Sequence[str]) -> torch.Tensor:
         """Float32 `(len(phrases), D)` on the CPU, not normalised. Raises `TextTowerError` without a text tower."""
+        ...
+
+
+@runtime_checkable
+class Extendable(Protocol):
+    """What an encoder has beside `Encoder` if it can make columns that are made only when a head reads them.
+
+    Such a column comes from the same network as the others and has its `fingerprint`; what else determines it, such as a layer,
+    stands beside that.
+    """
+
+    outputs: Mapping[str, Mapping[str, Any]]
+    """What determines each such column of `columns` beside `fingerprint`, as plain JSON that is not empty: `{"layer": 6}`."""
+
+    def offers(self, name: str) -> bool:
+        """Whether it can make a column of this name. Raises `UsageError` for a layer that the network does not have."""
+        ...
+
+    def with_columns(self, names: Sequence[str]) -> Encoder:
+        """The same encoder, its weights shared, making also these columns, which it offers; the others stay, bit for bit."""
         ...
 
 

@@ -8,12 +8,17 @@ weights expect. A file holds both towers under open_clip's names, or the image t
 embedded. Whether its weights were trained with QuickGELU cannot be seen in a file: for OpenAI's take a `-quickgelu` model, or
 give the tag as well, which is checked.
 
+Beside `clip/patch` and `clip/cls` it makes, when a head reads them, columns `clip/patch@N`: the patch tokens of transformer
+block N, counted from 1, after the same `ln_post` and `visual.proj` as the final ones, which puts them into the joint space of
+image and text. No published model was trained to be read there; how much they mean in it is for an experiment to find.
+
 Importing this module, and `OpenClipEncoder.request`, import neither torch nor open_clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pcd.columns import ColumnSpec
@@ -65,18 +70,51 @@ class OpenClipEncoder:
             towers = openclip_towers.load_towers(self._architecture, view_size, self.precision, read_state(file), file)
             self._weights, self._file = {"kind": "file", "digest": file_digest(file)}, file
         self._place(towers)
-        self.columns = self._columns()
 
     def _place(self, towers: Towers) -> None:
-        from pcd.encoders.openclip_towers import ImageNetwork
-
-        self._network = ImageNetwork(towers.visual, self.mean, self.std, self.precision).to(self.device).eval()
-        self._width = int(self._network.visual.output_dim)
         self._text: Any = towers.text.to(self.device) if towers.text is not None else None
         self.has_text = self._text is not None
+        self._set_network(towers.visual, ())
+
+    def _set_network(self, visual: Any, layers: tuple[int, ...]) -> None:
+        """`layers` are the blocks whose tokens are columns as well, ascending."""
+        from pcd.encoders.openclip_names import layer_column
+        from pcd.encoders.openclip_towers import ImageNetwork
+
+        self._network = ImageNetwork(visual, self.mean, self.std, self.precision, layers).to(self.device).eval()
+        self._width = int(visual.output_dim)
+        self.outputs: Mapping[str, Mapping[str, Any]] = {layer_column(layer): {"layer": layer} for layer in layers}
+        self.columns = self._columns()
+
+    def offers(self, name: str) -> bool:
+        """Whether `name` is `clip/patch@N`: see `pcd.encoders.base.Extendable`. Raises `UsageError` for a block it has not."""
+        from pcd.encoders.openclip_names import layer_of
+
+        layer, blocks = layer_of(name), len(self._network.visual.transformer.resblocks)
+        if layer is not None and not 1 <= layer <= blocks:
+            raise UsageError(f"column {name}: {self._architecture.name} has transformer blocks 1 to {blocks}.")
+        return layer is not None
+
+    def with_columns(self, names: Sequence[str]) -> OpenClipEncoder:
+        """This encoder, its weights shared, that makes these `clip/patch@N` as well: see `pcd.encoders.base.Extendable`."""
+        from pcd.encoders.openclip_names import layer_of
+
+        other, asked = copy.copy(self), {layer_of(name) for name in names if self.offers(name)}
+        other._set_network(self._network.visual, tuple(sorted({*self._network.layers, *(n for n in asked if n is not None)})))
+        return other
 
     def _columns(self) -> tuple[ColumnSpec, ...]:
         patches, width = self.grid[0] * self.grid[1], self._width
+        layers = tuple(
+            ColumnSpec(
+                name,
+                (patches, width),
+                "float16",
+                ("patch", "channel"),
+                f"patch tokens of block {output['layer']} in reading order, ln_post then visual.proj, not normalised",
+            )
+            for name, output in self.outputs.items()
+        )
         return (
             ColumnSpec(
                 "clip/patch",
@@ -92,6 +130,7 @@ class OpenClipEncoder:
                 ("channel",),
                 "CLS token of the same forward pass, ln_post then visual.proj, not normalised",
             ),
+            *layers,
         )
 
     @staticmethod
@@ -112,6 +151,7 @@ class OpenClipEncoder:
 
         `weights.digest` is the SHA-256 of the weights file (`kind` is `file`, from the hub or not: the same bytes are the same
         weights), or of the initial values for `random` ones. The tag is left out; what depends on it is `mean` and `std`.
+        `layer` is that of `clip/patch` and `clip/cls`; those of the other columns are in `outputs`.
         """
         return {
             "encoder": "openclip",
@@ -131,11 +171,11 @@ class OpenClipEncoder:
         }
 
     def encode(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """RGB float32 in [0, 1], `(B, 3, h, w)` on any device, to both columns, on the encoder's device.
+        """RGB float32 in [0, 1], `(B, 3, h, w)` on any device, to all columns, on the encoder's device.
 
         Returns `clip/patch` float16 `(B, P, D)` and `clip/cls` float32 `(B, D)` from one forward pass (PureCLIP-Depth,
-        section 2.4 and its released code: final-layer tokens). Raises `UsageError` for views of
-        another shape or dtype and `WeightsError` if a token is not a number or does not fit float16.
+        section 2.4 and its released code: final-layer tokens), and the `clip/patch@N` that were asked for. Raises `UsageError`
+        for views of another shape or dtype and `WeightsError` if a token is not a number or does not fit float16.
         """
         import torch
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,18 @@ open_clip: Any = importlib.import_module("open_clip")
 open_clip.add_model_config(Path(__file__).parent / "configs")  # pcd-demo: two layers, for demos and tests with random weights
 
 Size = tuple[int, int]
+_LAYER = re.compile(r"clip/patch@([1-9]\d*)")
+
+
+def layer_column(layer: int) -> str:
+    """The name of the column of a transformer block's patch tokens: `clip/patch@6`."""
+    return f"clip/patch@{layer}"
+
+
+def layer_of(column: str) -> int | None:
+    """The transformer block, from 1, that a column `clip/patch@N` is of; None for another name."""
+    match = _LAYER.fullmatch(column)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pcd.device import Precision
-from pcd.encoders.openclip_names import Architecture, Size, find_architecture, grid_of_view, open_clip, usable_models
+from pcd.encoders.openclip_names import (
+    Architecture,
+    Size,
+    find_architecture,
+    grid_of_view,
+    layer_column,
+    open_clip,
+    usable_models,
+)
 from pcd.encoders.weights import State, some, state_digest
 from pcd.errors import WeightsError
 
@@ -38,14 +46,23 @@ class Towers:
 
 
 class ImageNetwork(nn.Module):
-    """Views `(B, 3, h, w)`, RGB in [0, 1], through an image tower to the columns `clip/patch` and `clip/cls`.
+    """Views `(B, 3, h, w)`, RGB in [0, 1], through an image tower to the columns `clip/patch`, `clip/cls` and `clip/patch@N`.
 
     Everything between is a tensor operation, so that it can be exported; nothing is checked here.
     """
 
-    def __init__(self, visual: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: Precision) -> None:
+    def __init__(
+        self,
+        visual: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        precision: Precision,
+        layers: tuple[int, ...] = (),
+    ) -> None:
+        """`layers` are the N: numbers of transformer blocks from 1, ascending."""
         super().__init__()
         self.visual: Any = visual
+        self.layers = layers
         self.dtype = DTYPES[precision]
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
@@ -53,18 +70,27 @@ class ImageNetwork(nn.Module):
         self.std: torch.Tensor
 
     def forward(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`clip/patch` float16 `(B, P, D)` and `clip/cls` float32 `(B, D)` from one forward pass, both final-layer tokens."""
-        last = self.visual.forward_intermediates(
+        """`clip/patch` float16 `(B, P, D)` and `clip/cls` float32 `(B, D)` from one forward pass, both final-layer tokens.
+
+        `clip/patch@N` float16 `(B, P, D)` are the patch tokens that block N gives, brought to the same space the same way. The
+        operations behind the final tokens are the same whatever N are asked for.
+        """
+        final = len(self.visual.transformer.resblocks)
+        taken = sorted({*self.layers, final})
+        found = self.visual.forward_intermediates(
             ((views - self.mean) / self.std).to(self.dtype),
-            indices=1,
+            indices=[block - 1 for block in taken],
             normalize_intermediates=True,  # ln_post
             intermediates_only=True,
             output_fmt="NLC",
             output_extra_tokens=True,
         )
-        patch = last["image_intermediates"][0] @ self.visual.proj
-        cls = (last["image_intermediates_prefix"][0] @ self.visual.proj)[:, 0].float()
-        return {"clip/patch": patch.to(torch.float16), "clip/cls": cls}
+        tokens = dict(zip(taken, found["image_intermediates"], strict=True))
+        columns = {
+            "clip/patch": (tokens[final] @ self.visual.proj).to(torch.float16),
+            "clip/cls": (found["image_intermediates_prefix"][-1] @ self.visual.proj)[:, 0].float(),
+        }
+        return columns | {layer_column(n): (tokens[n] @ self.visual.proj).to(torch.float16) for n in self.layers}
 
 
 def random_towers(architecture: Architecture, view_size: Size, precision: Precision, seed: int) -> Towers:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -28,13 +30,32 @@ class HeadOptions(BaseModel):
 class PatchTargets:
     """What one loss may look at, `(B, P)` each: pixels that count, their mean and variance, and whether the patch counts.
 
-    `count` is 0 where `valid` is false, so a loss over pixels needs no second mask.
+    `count` is 0 where `valid` is false, so a loss over pixels needs no second mask. The M patches that count are also listed:
+    to find them on a GPU the host would have to wait for it at every step.
     """
 
     count: Tensor
     mean: Tensor
     var: Tensor
     valid: Tensor
+    flat: Tensor
+    """Numbers `(M,)` of the patches that count in the flattened `(B * P)` axis, ascending."""
+    view: Tensor
+    """The view `(M,)` each of them belongs to, from 0 to B - 1."""
+
+    @staticmethod
+    def from_host(
+        count: npt.NDArray[Any],
+        mean: npt.NDArray[Any],
+        var: npt.NDArray[Any],
+        valid: npt.NDArray[np.bool_],
+        *,
+        device: torch.device,
+    ) -> PatchTargets:
+        """From arrays `(B, P)` in host memory, without waiting for the device."""
+        flat = np.flatnonzero(valid)
+        arrays = (count, mean, var, valid, flat, flat // valid.shape[1])
+        return PatchTargets(*(_to_device(array, device) for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,9 @@ class Head(nn.Module):
     """
 
     Options: ClassVar[type[HeadOptions]]
+
+    sees_valid_patches_only: ClassVar[bool] = False
+    """Whether training looks at no token of a patch that no loss counts: then those need not be held."""
 
     grid: tuple[int, int]
 
@@ -119,7 +143,7 @@ class Head(nn.Module):
         return self.depth(columns)
 
 
-def gather_valid(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Where patches count: their numbers in the flattened `(B * P)` axis, and the view each belongs to, `(M,)` both."""
-    flat = torch.nonzero(valid.reshape(-1)).squeeze(1)
-    return flat, flat // valid.shape[1]
+def _to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy to a GPU starts from pinned memory, or the host would wait until everything before it is done."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -9,6 +9,9 @@ With M patches, width D and hidden width H the modules take 15 M D H multiplicat
   product with the weights, are computed once per view.
 * GELU, Dropout and the Linears around them are one node of the graph, which keeps two hidden tensors `(M, H)` instead of three.
 
+Under `torch.autocast` the two large products of an MLP are computed in its type, with all their inputs and gradients rounded to
+it, and everything else in float32.
+
 Nothing here has parameters: the head's `nn.Sequential`s keep theirs.
 """
 
@@ -29,9 +32,11 @@ SMALLEST_NORM = 1e-12
 
 def mlp(layers: nn.Sequential, inputs: Tensor) -> Tensor:
     """`layers(inputs)`, `(M, D)` to `(M, E)`: LayerNorm, Linear, GELU, Dropout, Linear, LayerNorm, both Linear without bias."""
-    norm, weight, bias = _folded(layers)
-    inputs = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
-    return _after_norm(layers, inputs, weight, bias)
+    product = _product_type(inputs)
+    with _no_autocast(inputs):
+        norm, weight, bias = _folded(layers)
+        inputs = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+        return _after_norm(layers, inputs, weight, bias, product)
 
 
 def mlp_with_view(layers: nn.Sequential, inputs: Tensor, shared: Tensor, view: Tensor) -> Tensor:
@@ -40,19 +45,32 @@ def mlp_with_view(layers: nn.Sequential, inputs: Tensor, shared: Tensor, view: T
     The first product takes the columns of `_Standardised`, D + B + 1 and a few of zeros, instead of D + C. It pays for B well
     below C.
     """
-    norm, weight, bias = _folded(layers)
-    own, common = torch.split(weight, [inputs.shape[1], shared.shape[1]], dim=1)
-    share = inputs.shape[1] / weight.shape[1]
-    per_view = common @ (shared - shared.mean(dim=1, keepdim=True)).T
-    per_gap = (1 - share) * own.sum(dim=1, keepdim=True) - share * common.sum(dim=1, keepdim=True)
-    padding = weight.new_zeros(len(weight), _padding(inputs, shared))
-    columns = cast(Tensor, _Standardised.apply(inputs, shared, view, norm.eps))  # type: ignore[no-untyped-call]
-    return _after_norm(layers, columns, torch.cat([own, per_view, per_gap, padding], dim=1), bias)
+    product = _product_type(inputs)
+    with _no_autocast(inputs):
+        norm, weight, bias = _folded(layers)
+        own, common = torch.split(weight, [inputs.shape[1], shared.shape[1]], dim=1)
+        share = inputs.shape[1] / weight.shape[1]
+        per_view = common @ (shared - shared.mean(dim=1, keepdim=True)).T
+        per_gap = (1 - share) * own.sum(dim=1, keepdim=True) - share * common.sum(dim=1, keepdim=True)
+        padding = weight.new_zeros(len(weight), _padding(inputs, shared))
+        columns = cast(Tensor, _Standardised.apply(inputs, shared, view, norm.eps))  # type: ignore[no-untyped-call]
+        return _after_norm(layers, columns, torch.cat([own, per_view, per_gap, padding], dim=1), bias, product)
 
 
 def unit_rows(inputs: Tensor) -> Tensor:
     """`F.normalize(inputs, dim=-1)` of `(M, D)`, with fewer passes over the patches backward."""
-    return cast(Tensor, _UnitRows.apply(inputs))  # type: ignore[no-untyped-call]
+    with _no_autocast(inputs):
+        return cast(Tensor, _UnitRows.apply(inputs))  # type: ignore[no-untyped-call]
+
+
+def _product_type(inputs: Tensor) -> torch.dtype:
+    """The type of large products: that of autocast where it is on, else that of the inputs."""
+    kind = inputs.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+
+
+def _no_autocast(inputs: Tensor) -> torch.autocast:
+    return torch.autocast(inputs.device.type, enabled=False)
 
 
 def _folded(layers: nn.Sequential) -> tuple[nn.LayerNorm, Tensor, Tensor]:
@@ -61,12 +79,13 @@ def _folded(layers: nn.Sequential) -> tuple[nn.LayerNorm, Tensor, Tensor]:
     return norm, weight * norm.weight, weight @ norm.bias
 
 
-def _after_norm(layers: nn.Sequential, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _after_norm(layers: nn.Sequential, inputs: Tensor, weight: Tensor, bias: Tensor, product: torch.dtype) -> Tensor:
     """All but the first LayerNorm, with another first Linear."""
     dropout, second = cast(nn.Dropout, layers[3]), cast(nn.Linear, layers[4])
     probability = dropout.p if dropout.training else 0.0
-    hidden = _TwoLinears.apply(inputs, weight, bias, second.weight, probability)  # type: ignore[no-untyped-call]
-    return cast(Tensor, layers[5](hidden))
+    operands = (inputs.to(product), weight.to(product), bias.to(product), second.weight.to(product))
+    hidden = _TwoLinears.apply(*operands, probability)  # type: ignore[no-untyped-call]
+    return cast(Tensor, layers[5](hidden.to(inputs.dtype)))
 
 
 def _padding(inputs: Tensor, shared: Tensor) -> int:

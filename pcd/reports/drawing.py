@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pcd.files import write_bytes
+
 SERIES = ("#3b78c4", "#d9822b", "#2f9e6e", "#b04a8f", "#8a6fd1", "#c2493d", "#6d8a2f", "#1f9aa8")
 """One colour per run; readable on white and on near-black."""
 INK = "#101418"
@@ -60,12 +62,15 @@ def new_figure(columns: int, rows: int = 1, *, width: float = 9.6, height: float
 
 
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    """Write `STEM.png` (200 dpi) and `STEM.svg`, on white."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    """Write `STEM.png` (200 dpi) and `STEM.svg`, on white; each appears whole or not at all."""
     files = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
-    with style():
-        figure.savefig(files[0], dpi=_DPI, facecolor="white")
-        figure.savefig(files[1], facecolor="white", metadata={"Date": None})
+    looks: tuple[dict[str, Any], ...] = ({"dpi": _DPI}, {"metadata": {"Date": None}})
+    for file, look in zip(files, looks, strict=True):
+        drawn = io.BytesIO()
+        with style():
+            figure.savefig(drawn, format=file.suffix[1:], facecolor="white", **look)
+        figure.set_layout_engine("none")  # everything has its place now
+        write_bytes(file, drawn.getvalue())
     return files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from pathlib import Path
 
 from pcd.cache import Cache, ColumnEntry, Manifest
@@ -64,7 +65,7 @@ def refuse_small_disk(cache: Cache, entries: dict[str, ColumnEntry], progress: P
     """Compare what is still to be written with what is free; compressed columns are not counted against it."""
     whole = sizes(cache.manifest, entries)
     surely = sum(size for name, size in whole.items() if not entries[name].spec.compress)
-    existing = sum(file.stat().st_size for file in cache.root.rglob("*") if file.is_file())
+    existing = sum(map(_size, cache.root.rglob("*")))
     free = shutil.disk_usage(cache.root).free
     progress.say(f"{cache.root}: {surely / 1e9:.2f} GB of tokens and statistics, {free / 1e9:.1f} GB free")
     if surely - existing > free:
@@ -72,3 +73,12 @@ def refuse_small_disk(cache: Cache, entries: dict[str, ColumnEntry], progress: P
             f"{cache.root}: {surely / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free. "
             "Free some space, choose another --cache, extract fewer samples (--limit) or no mirrored views (--no-flips)."
         )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for what is none, or no longer one: other parts of the extraction may be at work."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

@@ -27,7 +27,8 @@ from pcd.stages.needs import shipped_recipes
 from pcd.stages.report import report
 from pcd.stages.runs import Run
 from pcd.stages.train import train
-from pcd.training.rows import RowSource, StreamedRows, random_stream
+from pcd.training.rows import random_stream
+from pcd.training.sources import RowSource, StreamedRows
 from pcd.views import TRUTH
 
 if TYPE_CHECKING:

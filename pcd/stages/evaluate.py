@@ -24,7 +24,7 @@ from pcd.fingerprint import file_digest
 from pcd.progress import SILENT, Progress
 from pcd.stages.inference import head_predictor, score
 from pcd.stages.runs import Run
-from pcd.training.rows import StreamedRows
+from pcd.training.sources import StreamedRows
 from pcd.views import TRUTH
 
 EVALUATIONS = "evaluations"

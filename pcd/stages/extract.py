@@ -1,56 +1,52 @@
 """Extract: one pass of the frozen encoder over every view, into the cache.
 
-dataset -> views -> encoder -> columns, shard by shard. What is committed is never computed again; an interrupted extraction
-continues with the first range of samples that lacks a shard.
+dataset -> views -> encoder -> columns, shard by shard, in this process, in several, or on the workers of a cluster. What is
+committed is never computed again; an interrupted extraction continues with the ranges of samples that lack a shard.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pcd
-from pcd.cache import Cache, Manifest, Table
-from pcd.cache.lock import writing
-from pcd.cache.table import SAMPLE_OK
-from pcd.cache.writer import RangeWriter
-from pcd.datasets import Dataset, create_dataset
-from pcd.encoders import create_encoder, request_of, split_name
+from pcd.cache import Cache, provenance
+from pcd.cache.compact import TokenForm
+from pcd.cache.lock import sharing, writing
+from pcd.datasets import create_dataset
+from pcd.encoders import request_of, split_name
+from pcd.errors import UsageError
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
-from pcd.stages.checks import (
-    native_size,
-    refuse_missing_files,
-    refuse_other_columns,
-    refuse_other_samples,
-    refuse_small_disk,
-)
-from pcd.stages.frames import PROVENANCE, located
-from pcd.stages.needs import asked_by, needs_of_all
-from pcd.stages.pipeline import Behind
-from pcd.stages.plan import TablePlan, plan_columns, plan_manifest, plan_tables, view_plan
-from pcd.stages.texts import embed_texts, lacks_texts
+from pcd.stages.checks import refuse_other_samples
+from pcd.stages.extract_plan import Order, Ready, located_encoder, prepare, undisturbed
+from pcd.stages.frames import located
+from pcd.stages.needs import asked_by, columns_of, needs_of_all
+from pcd.stages.parts import Part
+from pcd.stages.plan import plan_manifest, plan_tables, refuse_other_form, view_plan
+from pcd.stages.shard_results import Results, refuse_failures, unexplained
+from pcd.stages.shard_task import ShardTask, device_name, open_tasks, run_task, views_per_batch
+from pcd.stages.texts import lacks_texts
 from pcd.views import TRUTH
 
 if TYPE_CHECKING:
-    from pcd.encoders.base import Encoder
-    from pcd.stages.rows import Arrays, OnError, RowMaker
-
-BATCH_VIEWS = {"cuda": 64, "mps": 16, "cpu": 4}
+    from pcd.stages.rows import OnError
 
 
 @dataclass
 class Extraction:
-    """What an extraction did: the cache, how many samples were encoded now, and which were skipped and why."""
+    """What an extraction did: the cache, how many samples were encoded now, and which were skipped and why.
+
+    `left` is the number of samples that other parts have not written yet.
+    """
 
     cache: Cache
     encoded: int
     skipped: dict[str, str]
+    left: int = 0
 
 
 def extract(
@@ -60,16 +56,27 @@ def extract(
     device: str = "auto",
     on_error: OnError = "stop",
     batch_views: int | None = None,
+    tokens: TokenForm | None = None,
     also: Sequence[Recipe] = (),
+    workers: int = 1,
+    dask: str | None = None,
+    part: str | None = None,
     progress: Progress = SILENT,
 ) -> Extraction:
     """Fill the cache in folder `root` with what `recipe` needs; returns at once if everything is there.
 
-    What the recipes in `also` need beside the tokens (texts to embed, other ways to resize the depth) is made in the same pass.
-    Raises `DatasetError`, `WeightsError`, `SpaceError`, and `FingerprintError` if the cache was made another way.
+    That is what its encoder always makes, the columns that its head reads beside those (layers), texts and ground truth. What
+    the recipes in `also` need beside tokens (texts to embed, other ways to resize the depth) is made in the same pass.
+    `tokens` says how patch tokens are stored; absent: as the cache has them, float16 in a new one.
+
+    It is done by so many `workers` (processes) on this machine, or by those of the scheduler at the address `dask`; `part`,
+    such as `2/5`, leaves the rest to others. The cache is the same, bit for bit. Raises `DatasetError`, `WeightsError`,
+    `SpaceError`, `FingerprintError` if the cache was made another way, and `IncompleteError` for shards that no worker could
+    write.
     """
+    begun, share = time.monotonic(), _share(workers, dask, part)
     dataset = create_dataset(recipe.dataset["name"], recipe.options("dataset"), "dataset")
-    tables = plan_tables(dataset)
+    tables, recipes = plan_tables(dataset), [recipe, *also]
     wanted = plan_manifest(dataset, view_plan(dataset, recipe.views), tables)
     kind = split_name(recipe.encoder["name"])[0]
     request = request_of(recipe.encoder["name"], recipe.options("encoder"), "encoder")
@@ -78,132 +85,115 @@ def extract(
     if (root / "manifest.json").exists():
         cache = Cache.open(root)
         refuse_other_samples(cache, wanted)
-        if _nothing_to_do(cache, kind, request, [recipe, *also]):
+        refuse_other_form(cache, tokens)
+        noted = (root / provenance.PROVENANCE).is_file()  # not if the last extraction ended right behind its last commit
+        if noted and _nothing_to_do(cache, kind, request, recipes):
             progress.say(f"{root} is complete: {describe_rows(cache)}. Nothing to do.")
             return Extraction(cache, 0, {})
-    with writing(root):
-        return _extract(recipe, root, dataset, tables, wanted, request, device, on_error, batch_views, also, progress)
+    order = Order(
+        recipes=recipes,
+        root=root,
+        dataset=dataset,
+        tables=tables,
+        wanted=wanted,
+        kind=kind,
+        request=request,
+        device=device,
+        on_error=on_error,
+        batch_views=batch_views,
+        tokens=tokens,
+        workers=workers,
+        dask=dask,
+        part=share,
+        progress=progress,
+    )
+    with ExitStack() as held:
+        held.enter_context(writing(root) if share is None else sharing(root))
+        return _carry_out(order, prepare(order, held), begun)
 
 
-def _extract(
-    recipe: Recipe,
-    root: Path,
-    dataset: Dataset,
-    tables: list[TablePlan],
-    wanted: Manifest,
-    request: dict[str, Any],
-    device: str,
-    on_error: OnError,
-    batch_views: int | None,
-    also: Sequence[Recipe],
-    progress: Progress,
-) -> Extraction:
-    from pcd.stages.rows import RowMaker  # imports torch, which a complete cache does not wait for
-
-    needs, kind = needs_of_all([recipe, *also]), split_name(recipe.encoder["name"])[0]
-    if on_error == "stop":
-        refuse_missing_files(dataset, tables)
-    encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), wanted.plan.view_size, device, "encoder")
-    entries = plan_columns(wanted, encoder, needs.resizes, native_size(dataset, tables))
-    cache = _open_or_create(root, wanted, tables)
-    refuse_other_columns(cache, entries)
-    refuse_small_disk(cache, entries, progress)
-    cache.manifest.encoders[kind] = {"table": recipe.encoder, "request": request}
-    cache.add_columns(entries)
-    entries = {name: cache.manifest.columns[name] for name in entries}
-    embed_texts(cache, encoder, needs.phrases, progress)
-    batch = batch_views or BATCH_VIEWS.get(_device_kind(device), BATCH_VIEWS["cpu"])
-    maker = RowMaker(dataset, wanted.plan, encoder, entries, needs.resizes, on_error, batch)
-    encoded = sum(_fill_table(cache.table(table.name), table, maker, progress) for table in tables)
-    cache.manifest.encoders[kind]["asked"] = asked_by([recipe, *also])
-    cache.manifest.write(root)
-    _record(root, recipe, encoder, device, encoded, maker.skipped)
-    progress.say(f"{root}: {describe_rows(cache)}" + (f", {len(maker.skipped)} skipped now" if maker.skipped else ""))
-    return Extraction(cache, encoded, maker.skipped)
+def _share(workers: int, dask: str | None, part: str | None) -> Part | None:
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: expected at least 1.")
+    if dask is not None and workers > 1:
+        raise UsageError("--workers starts processes here, --dask uses those of a scheduler: give one of the two.")
+    if dask is not None and part is not None:
+        raise UsageError("--part is for machines without a scheduler, and --dask has one, which shares the work out: give one.")
+    return None if part is None else Part.parse(part)
 
 
 def _nothing_to_do(cache: Cache, kind: str, request: dict[str, Any], recipes: Sequence[Recipe]) -> bool:
-    """Whether the cache holds all that is asked; the same question as last time is answered without importing torch."""
+    """Whether the cache holds all that is asked; the same question as last time is answered without importing torch.
+
+    The first recipe is the one whose tokens are wanted.
+    """
     before = cache.manifest.encoders.get(kind, {})
     if before.get("request") != request or not cache.complete:
         return False
     if before.get("asked") == asked_by(recipes):
         return True
     needs = needs_of_all(recipes)
-    truths = {f"{TRUTH[resize]}/canvas" for resize in needs.resizes}
-    return truths <= set(cache.manifest.columns) and not lacks_texts(cache, needs.phrases)
+    wanted = {*(f"{TRUTH[resize]}/canvas" for resize in needs.resizes), *columns_of(recipes[0])}
+    return wanted <= set(cache.manifest.columns) and not lacks_texts(cache, needs.phrases)
 
 
-def _fill_table(table: Table, plan: TablePlan, maker: RowMaker, progress: Progress) -> int:
-    """Write every range of samples that lacks a shard; returns how many samples were encoded."""
-    columns = {name: table.column(name) for name in table.column_names()}
-    unit = max(column.entry.shard_samples for column in columns.values())
-    ranges = [(start, min(start + unit, table.samples)) for start in range(0, table.samples, unit)]
-    per_sample = {name: column.rows // table.samples for name, column in columns.items()}
-    gaps = {name: column.missing() for name, column in columns.items()}
-
-    def lacking(start: int, stop: int) -> set[str]:
-        return {
-            name
-            for name in columns
-            if any(low < stop * per_sample[name] and high > start * per_sample[name] for low, high in gaps[name])
-        }
-
-    open_ranges = [(start, stop, wanted) for start, stop in ranges if (wanted := lacking(start, stop))]
-    left = sum(stop - start for start, stop, _ in open_ranges)
-    progress.start(f"{table.name}: encoding", table.samples, "samples", done=table.samples - left)
-    for start, stop, wanted in open_ranges:
-        with RangeWriter(table, wanted, start, stop) as writer, Behind(depth=2) as queue:
-            keys = plan.keys[start:stop]
-            for number, rows in maker.rows(plan.source, keys, wanted, _read_before(table, keys, start, wanted)):
-                queue.put(_later(writer.append, rows))
-                progress.advance(number)
-    progress.stop()
-    for column in columns.values():
-        column.refresh()
-    return left
+def _carry_out(order: Order, ready: Ready, begun: float) -> Extraction:
+    """Do what is to be done, and note down who did it."""
+    results, cache, progress = Results(), ready.cache, order.progress
+    todo = open_tasks(cache, ready.mine)
+    total, missing = (sum(task.samples for task in tasks) for tasks in (ready.mine, todo))
+    progress.start("encoding", total, "samples", done=total - missing)
+    try:
+        _run(order, ready, todo, results)
+    except BaseException:
+        if results.skipped:  # their shards are committed: nobody will meet the reasons again
+            _record(order, ready, results, begun)
+        raise
+    finally:
+        progress.stop()
+        for table in cache.tables:
+            for name in table.column_names():
+                table.column(name).refresh()
+    results.skipped |= unexplained(cache, order.dataset, order.tables, results.skipped)
+    _record(order, ready, results, begun)
+    refuse_failures(order.root, order.tables, results)
+    skipped = f", {len(results.skipped)} skipped now" if results.skipped else ""
+    progress.say(f"{order.root}: {describe_rows(cache)}{skipped}")
+    left = sum(task.samples for task in open_tasks(cache, ready.all))
+    if order.part:
+        progress.say(f"part {order.part} is done; {left or 'no'} samples are left to other parts.")
+    return Extraction(cache, results.encoded, results.skipped, left)
 
 
-def _read_before(table: Table, keys: tuple[str, ...], start: int, wanted: set[str]) -> set[str]:
-    """Samples that columns which are there already hold as read."""
-    if SAMPLE_OK in wanted:
-        return set()
-    marks = table.column(SAMPLE_OK).read(range(start, start + len(keys)))
-    return {key for key, mark in zip(keys, marks, strict=True) if mark}
+def _run(order: Order, ready: Ready, todo: list[ShardTask], results: Results) -> None:
+    progress = order.progress
+    if ready.kit is not None:
+        for task in todo:
+            results.take(task, run_task(ready.kit, task, progress.advance, progress.say))
+    elif todo:
+        from pcd.stages.extract_workers import run_on_workers  # distributed is imported by who uses it
+
+        run_on_workers(ready.job, todo, results, progress, workers=order.workers, address=order.dask)
 
 
-def _later(function: Callable[[Arrays], None], rows: Arrays) -> Callable[[], None]:
-    return lambda: function(rows)
-
-
-def _open_or_create(root: Path, wanted: Manifest, tables: list[TablePlan]) -> Cache:
-    if (root / "manifest.json").exists():
-        return Cache.open(root)
-    return Cache.create(root, wanted, {table.name: table.keys for table in tables})
-
-
-def _device_kind(device: str) -> str:
-    from pcd.device import resolve_device
-
-    return resolve_device(device).split(":")[0]
-
-
-def _record(root: Path, recipe: Recipe, encoder: Encoder, device: str, encoded: int, skipped: dict[str, str]) -> None:
-    """When, by what and on what; kept apart from the manifest so that equal caches are equal bytes."""
-    import torch
-
-    entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "pcd": pcd.__version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if _device_kind(device) == "cuda" else f"cpu ({os.cpu_count()} cores)",
-        "dataset": located(recipe.dataset),
-        "encoder": encoder.fingerprint(),
-        "encoded": encoded,
-        "skipped": skipped,
+def _record(order: Order, ready: Ready, results: Results, begun: float) -> None:
+    """By what, on what and from where."""
+    facts: dict[str, Any] = {
+        "device": results.device or device_name(order.device),
+        "dataset": located(order.recipe.dataset),
+        "encoder_table": located_encoder(order.recipe),
+        "encoded": results.encoded,
+        "skipped": results.skipped,
+        "seconds": round(time.monotonic() - begun, 1),
+        "batch_views": results.batch_views or order.batch_views or views_per_batch(order.device),
+        **ready.facts,
     }
-    with (root / PROVENANCE).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(entry, sort_keys=True) + "\n")
+    ways = {"part": order.part and str(order.part), "workers": order.workers if order.workers > 1 else None, "dask": order.dask}
+    facts |= {name: value for name, value in ways.items() if value is not None}
+    if results.failures:
+        facts["failed"] = [str(failure.task) for failure in results.failures]
+    with undisturbed(order):
+        provenance.append(order.root, facts)
 
 
 def describe_rows(cache: Cache) -> str:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pcd.cache import Cache
+from pcd.cache.provenance import PROVENANCE, records
 from pcd.datasets import Dataset, Sample, Split, create_dataset
 from pcd.errors import DatasetError
 from pcd.stages.plan import plan_tables
-
-PROVENANCE = "provenance.jsonl"
-"""When, by what and on what a cache was filled, a line per extraction; kept apart from the manifest, which holds no paths."""
 
 
 class Frames:
@@ -28,7 +26,12 @@ class Frames:
 
 
 def open_frames(cache: Cache, root: Path | None = None) -> Frames:
-    """The images of `cache`, where the last extraction found them or, if they have moved, under `root`.
+    """The images of `cache`; see `open_dataset`."""
+    return Frames(open_dataset(cache, root))
+
+
+def open_dataset(cache: Cache, root: Path | None = None) -> Dataset:
+    """The dataset of `cache`, where the last extraction found it or, if it has moved, under `root`.
 
     Raises `DatasetError` if the cache does not know where its images are, or if those there are not the cache's.
     """
@@ -41,14 +44,12 @@ def open_frames(cache: Cache, root: Path | None = None) -> Frames:
     dataset = create_dataset(name, {key: value for key, value in table.items() if key != "name"}, "dataset")
     if json.loads(json.dumps(dataset.identity())) != cache.manifest.dataset["identity"]:
         raise DatasetError(f"the {name} images there are not those {cache.root} was made from; give --root DIR.")
-    return Frames(dataset)
+    return dataset
 
 
 def _dataset_table(cache: Cache) -> dict[str, Any]:
     """The `[dataset]` table of the last extraction that recorded one."""
-    path = cache.root / PROVENANCE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    tables = [entry["dataset"] for entry in map(json.loads, lines) if "dataset" in entry]
+    tables = [entry["dataset"] for entry in records(cache.root) if "dataset" in entry]
     return dict(tables[-1]) if tables else {}
 
 

@@ -18,7 +18,7 @@ from pcd.reports.panels import Predicted, Rgb, Sample
 from pcd.stages.frames import open_frames
 from pcd.stages.inference import beliefs, head_predictor, native_truth
 from pcd.stages.runs import Run
-from pcd.training.rows import StreamedRows
+from pcd.training.sources import StreamedRows
 from pcd.views import ViewPlan
 
 Map = npt.NDArray[np.float32]

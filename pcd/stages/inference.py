@@ -16,7 +16,7 @@ from pcd.evaluation.analysis import Analysis, PatchBeliefs
 from pcd.evaluation.pixels import combine_views
 from pcd.evaluation.scoring import Scorer
 from pcd.heads.base import Head
-from pcd.training.rows import RowSource
+from pcd.training.sources import RowSource
 from pcd.views import ViewPlan, from_views
 
 VIEWS_AT_ONCE = 16

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pcd.fingerprint import digest
 from pcd.heads import head_options
 from pcd.recipe import Recipe, known_recipes, load_recipe
+from pcd.stages.sweep_files import prompts_of_sweeps
 from pcd.views import DepthResize
 
 
@@ -32,6 +33,12 @@ def needs_of(recipe: Recipe) -> Needs:
     return Needs((phrases,) if phrases else (), (recipe.views.depth_resize,))
 
 
+def columns_of(recipe: Recipe) -> tuple[str, ...]:
+    """The columns that the recipe's head reads. Raises `RecipeError` for a head that cannot be made."""
+    cls, options = head_options(recipe.head, f"recipe {recipe.name}: head")
+    return cls.reads(options)
+
+
 def needs_of_all(recipes: Sequence[Recipe]) -> Needs:
     """What several recipes need together."""
     needs = Needs()
@@ -46,5 +53,6 @@ def asked_by(recipes: Sequence[Recipe]) -> str:
 
 
 def shipped_recipes(dataset: str) -> list[Recipe]:
-    """The recipes that come with pcd for a dataset: one extraction serves them all, so that ablations find what they need."""
-    return [recipe for recipe in map(load_recipe, known_recipes()) if recipe.dataset["name"] == dataset]
+    """The recipes that come with pcd for a dataset, and with them the prompts of the sweeps: one extraction serves them all."""
+    names = [name for name in known_recipes() if load_recipe(name).dataset["name"] == dataset]
+    return [load_recipe(name, changes) for changes in [(), *prompts_of_sweeps()] for name in names]

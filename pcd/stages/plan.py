@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pcd import depths
-from pcd.cache import ColumnEntry, Manifest, TableEntry
+from pcd.cache import Cache, ColumnEntry, Manifest, TableEntry, compact
+from pcd.cache.compact import TokenForm
 from pcd.cache.manifest import SCHEMA
 from pcd.cache.table import SAMPLE_OK
 from pcd.columns import ColumnSpec
 from pcd.datasets import Dataset, Split
 from pcd.datasets.base import Grouped
 from pcd.datasets.split import train_val
-from pcd.errors import DatasetError
-from pcd.fingerprint import digest
+from pcd.encoders import output_of
+from pcd.errors import DatasetError, FingerprintError, UsageError
+from pcd.fingerprint import differences, digest
 from pcd.patches import PixelRule
 from pcd.recipe import ViewsSection
 from pcd.views import TRUTH, DepthResize, ViewPlan
@@ -27,6 +29,8 @@ MIN_SHARD_BYTES = 50_000_000
 """A shard holds the smallest power of two of samples that gives the widest column this many bytes: 50 to 100 MB."""
 MAX_SHARD_ROWS = 1024
 SPLIT_SEED = 0
+OUTPUT = "output"
+"""The key of a column's fingerprint that says which output of its encoder it is, if not one that is always made."""
 VAL_FRACTION = 0.1
 
 
@@ -92,16 +96,47 @@ def plan_manifest(dataset: Dataset, plan: ViewPlan, tables: list[TablePlan], see
     )
 
 
+def stored_form(manifest: Manifest) -> TokenForm | None:
+    """How a cache stores its patch tokens: all its columns of them alike. None if it has none."""
+    if any(compact.is_compact(entry) for entry in manifest.columns.values()):
+        return "int8"
+    return "float16" if any(compact.applies(entry.spec) for entry in manifest.columns.values()) else None
+
+
+def refuse_other_form(cache: Cache, asked: TokenForm | None) -> None:
+    """Raise `FingerprintError` if a cache stores its tokens in another form than the one asked for, if any."""
+    root, found = cache.root, stored_form(cache.manifest)
+    if asked and found and asked != found:
+        raise FingerprintError(
+            f"{root} stores its tokens as {found}, and {asked} was asked for. What is stored is not converted: give "
+            f"--tokens {found} to go on with this cache, or another --cache for tokens as {asked}."
+        )
+
+
 def plan_columns(
-    manifest: Manifest, encoder: Encoder, resizes: Sequence[DepthResize], native_size: tuple[int, int] | None
+    manifest: Manifest,
+    encoder: Encoder,
+    resizes: Sequence[DepthResize],
+    native_size: tuple[int, int] | None,
+    tokens: TokenForm | None = None,
 ) -> dict[str, ColumnEntry]:
     """Entries of all columns that this encoder and the ground truth, brought to the canvas in each of `resizes`, give.
 
-    `native_size` (height, width) holds the largest stored frame of val and test, or None if there are neither.
+    `native_size` (height, width) holds the largest stored frame of val and test, or None if there are neither. `tokens` is how
+    patch tokens are stored; absent: as those that `manifest` has, float16 if it has none. Raises `UsageError` if they are to be
+    int8 and the encoder makes none that can be.
     """
+    found = stored_form(manifest)
+    coded = {spec.name for spec in encoder.columns if (tokens or found) == "int8" and compact.applies(spec)}
+    if tokens == "int8" and not coded and found is None:
+        names = ", ".join(spec.name for spec in encoder.columns)
+        raise UsageError(f"--tokens int8: of the encoder's columns ({names}) none holds patch tokens in float16.")
     shared = {"schema": SCHEMA, "dataset": digest(manifest.dataset), "tables": digest(manifest.as_json()["tables"])}
     viewed = {**shared, "views": manifest.plan.as_json()}
-    made_by_encoder = {spec: {**viewed, "column": spec.name, "encoder": encoder.fingerprint()} for spec in encoder.columns}
+    made_by_encoder = {
+        spec: {**viewed, "column": spec.name, "encoder": encoder.fingerprint(), **_output(encoder, spec.name)}
+        for spec in encoder.columns
+    }
     rule = {**PixelRule(*manifest.dataset["depth_range"]).as_json(), "grid": list(encoder.grid)}
     fingerprints = made_by_encoder | {
         spec: {**viewed, "resize": resize, "rule": rule, "column": spec.name}
@@ -110,8 +145,10 @@ def plan_columns(
     }
     fingerprints |= {spec: {**shared, "column": spec.name} for spec in _sample_columns()}
     everywhere = tuple(manifest.tables)
-    shard = shard_samples(manifest, list(fingerprints))
-    entries = {spec.name: ColumnEntry(spec, shard, everywhere, fingerprint) for spec, fingerprint in fingerprints.items()}
+    entries = {spec.name: ColumnEntry(spec, 0, everywhere, fingerprint) for spec, fingerprint in fingerprints.items()}
+    entries |= {name: compact.compacted(entries[name]) for name in coded}
+    shard = shard_samples(manifest, [entry.spec for entry in entries.values()])
+    entries = {name: replace(entry, shard_samples=shard) for name, entry in entries.items()}
     scored = tuple(name for name in everywhere if name != "train")
     if native_size is not None and scored:
         spec = ColumnSpec(
@@ -126,6 +163,21 @@ def plan_columns(
         )
         entries[spec.name] = ColumnEntry(spec, shard, scored, {**shared, "column": spec.name})
     return entries
+
+
+def _output(encoder: Encoder, column: str) -> dict[str, Any]:
+    """The part of a fingerprint that only columns have that were asked for."""
+    output = output_of(encoder, column)
+    return {OUTPUT: output} if output else {}
+
+
+def asked_before(manifest: Manifest, encoder: Encoder) -> list[str]:
+    """Columns of the cache that this encoder made because a head reads them: whoever extracts next completes them."""
+    return [
+        name
+        for name, entry in manifest.columns.items()
+        if OUTPUT in entry.fingerprint and not differences(entry.fingerprint["encoder"], encoder.fingerprint())
+    ]
 
 
 def _truth_columns(manifest: Manifest, grid: tuple[int, int], group: str) -> list[ColumnSpec]:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from pcd.cache import Cache, Table
 from pcd.recipe import Recipe, Supervision
-from pcd.training.rows import RowSource, TrainingRows, hold_or_stream
+from pcd.training.rows import TrainingRows
+from pcd.training.sources import JoinedRows, Placed, Residency, Rows, place_rows
 from pcd.training.targets import RowTargets, row_targets
 
-Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
+Keep = npt.NDArray[np.bool_] | None
 
 
 class Reading:
     """Each training reads its own columns and targets."""
 
     def columns(
-        self, table: Table, names: Sequence[str], rows: Rows, residency: Any, device: torch.device
-    ) -> tuple[RowSource, str]:
-        """Where columns `names` of `rows` come from, and a line that says how; `residency` as in `[train]`."""
-        return hold_or_stream(table, names, rows, residency, device)
+        self, table: Table, names: Sequence[str], rows: Rows, residency: Residency, device: torch.device, keep: Keep = None
+    ) -> Placed:
+        """Where columns `names` of `rows` come from; `keep` `(len(rows), P)` says which patches are looked at, if not all."""
+        return place_rows(table, names, rows, residency, device, keep)
 
     def targets(
         self,
@@ -39,39 +41,46 @@ class Reading:
         """Targets of `rows`; see `pcd.training.targets.row_targets`."""
         return row_targets(table, rows, grid, settings, depth_range, group)
 
+    def prepared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives for `key`."""
+        return make()
+
 
 OWN = Reading()
 """Every training for itself."""
 
 
 class SharedReading(Reading):
-    """Trainings one after the other: a column is opened once, for all rows that any of them visits.
+    """A column is opened once, for all rows that any of several trainings visits.
 
-    What is held in memory is read from the cache once and stays for as long as this object lives. Each column is opened by
-    itself, so that a head that reads fewer of them copies no more than it needs. Of targets only the newest are kept.
+    What is held in memory is read from the cache once and stays for as long as this object lives; patches that never count are
+    held too, since they may count for another training. Targets are shared by the trainings alive that ask for the same.
     """
 
     def __init__(self, rows: Mapping[str, Rows]) -> None:
         """`rows` says which rows of a table are opened; a training on others reads for itself."""
         self._rows = rows
-        self._sources: dict[tuple[Any, ...], RowSource] = {}
-        self._targets: tuple[Any, Mapping[str, RowTargets]] | None = None
+        self._placed: dict[tuple[Any, ...], Placed] = {}
+        self._prepared: dict[Hashable, Any] = {}
+        self._targets: WeakValueDictionary[tuple[Any, ...], _Targets] = WeakValueDictionary()
 
     def columns(
-        self, table: Table, names: Sequence[str], rows: Rows, residency: Any, device: torch.device
-    ) -> tuple[RowSource, str]:
+        self, table: Table, names: Sequence[str], rows: Rows, residency: Residency, device: torch.device, keep: Keep = None
+    ) -> Placed:
         """The columns as opened before, or opened now."""
         shared = self._rows.get(table.name, np.empty(0, dtype=np.int64))
         if not np.isin(rows, shared).all():
-            return super().columns(table, names, rows, residency, device)
+            return super().columns(table, names, rows, residency, device, keep)
         words, found = [], {}
         for name in names:
             key = (table.name, name, residency, device)
-            if key not in self._sources:
-                self._sources[key], line = super().columns(table, (name,), shared, residency, device)
-                words.append(f"{name}: {line}")
-            found[name] = self._sources[key]
-        return _Joined(found), "; ".join(words) or "columns shared with the runs before"
+            if key not in self._placed:
+                self._placed[key] = super().columns(table, (name,), shared, residency, device)
+                words.append(f"{name}: {self._placed[key].words}")
+            found[name] = self._placed[key]
+        ahead = max(placed.ahead for placed in found.values())
+        joined = JoinedRows({name: placed.source for name, placed in found.items()})
+        return Placed(joined, "; ".join(words) or "columns shared with the runs before", ahead)
 
     def targets(
         self,
@@ -82,23 +91,23 @@ class SharedReading(Reading):
         depth_range: tuple[float, float],
         group: str,
     ) -> Mapping[str, RowTargets]:
-        """The targets of the training before, if this one asks for the same."""
+        """The targets of another training, if it asked for the same."""
         key = (table.name, rows.tobytes(), grid, tuple(settings.items()), depth_range, group)
-        if self._targets is None or self._targets[0] != key:
-            self._targets = None  # freed before the next are made
-            self._targets = key, super().targets(table, rows, grid, settings, depth_range, group)
-        return self._targets[1]
+        found = self._targets.get(key)
+        if found is None:
+            found = self._targets[key] = _Targets(super().targets(table, rows, grid, settings, depth_range, group))
+        return found
+
+    def prepared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave for `key` the first time; it stays for as long as this object lives."""
+        if key not in self._prepared:
+            self._prepared[key] = make()
+        found: T = self._prepared[key]
+        return found
 
 
-class _Joined:
-    """Columns that come from a source each."""
-
-    def __init__(self, sources: Mapping[str, RowSource]) -> None:
-        self._sources = sources
-
-    def read(self, rows: Rows) -> dict[str, Tensor]:
-        """The columns of some rows of the table."""
-        return {name: source.read(rows)[name] for name, source in self._sources.items()}
+class _Targets(dict[str, RowTargets]):
+    """A dictionary that can be referred to weakly."""
 
 
 def shared_reading(cache: Cache, recipes: Iterable[Recipe]) -> SharedReading:

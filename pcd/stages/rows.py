@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +16,8 @@ from pcd.cache.table import SAMPLE_OK
 from pcd.datasets import Dataset, Sample, Split
 from pcd.encoders.base import Encoder
 from pcd.errors import MissingFileError, SampleError
+from pcd.overlap import ahead
 from pcd.patches import PixelRule, patch_statistics
-from pcd.stages.pipeline import ahead
 from pcd.views import TRUTH, DepthResize, ViewPlan, depth_canvas, image_canvas, to_views
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -52,8 +53,8 @@ class RowMaker:
 
     def rows(
         self, source: Split, keys: Sequence[str], columns: set[str], read_before: set[str]
-    ) -> Iterator[tuple[int, Arrays]]:
-        """Rows of a few samples at a time, and how many samples they are.
+    ) -> Generator[tuple[int, Arrays]]:
+        """Rows of a few samples at a time, and how many samples they are; a batch never goes on beyond the last of `keys`.
 
         Samples that were `read_before`, into columns that are there already, cannot be skipped any more.
         """
@@ -62,13 +63,13 @@ class RowMaker:
         def load(key: str) -> tuple[Arrays, Views]:
             return self._load(source, key, columns, skippable=self._on_error == "skip" and key not in read_before)
 
-        loaded = ahead(load, keys, DECODE_THREADS, 2 * group + DECODE_THREADS)
         held: list[tuple[Arrays, Views]] = []
-        for number, item in enumerate(loaded, start=1):
-            held.append(item)
-            if len(held) == group or number == len(keys):
-                yield len(held), self._encode(held, columns)
-                held = []
+        with closing(ahead(load, keys, DECODE_THREADS, 2 * group + DECODE_THREADS)) as loaded:
+            for number, item in enumerate(loaded, start=1):
+                held.append(item)
+                if len(held) == group or number == len(keys):
+                    yield len(held), self._encode(held, columns)
+                    held = []
 
     def _load(self, source: Split, key: str, columns: set[str], *, skippable: bool) -> tuple[Arrays, Views]:
         """Everything of a sample but the encoder's columns, and its views `(views, h, w, 3)` if those are wanted."""

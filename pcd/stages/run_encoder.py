@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-from pcd.encoders import create_encoder
+from pcd.encoders import create_encoder, with_columns
 from pcd.encoders.base import Encoder, Exportable
 from pcd.errors import FingerprintError, RunError, UsageError
 from pcd.fingerprint import differences
@@ -27,6 +27,8 @@ def load_encoder(run: Run, weights: str | None = None, device: str = "cpu") -> E
     if lines := other_than_trained(run, encoder.fingerprint(), ()):
         shown = "\n".join(f"  {line}" for line in lines)
         raise FingerprintError(f"{run.root} was trained on tokens of another encoder:\n{shown}\nGive --weights PATH.")
+    if missing := set(run.info["columns"]) - {spec.name for spec in encoder.columns}:
+        raise RunError(f"{run.root} reads {', '.join(sorted(missing))}, which {_table(run)['name']} does not make of an image.")
     return encoder
 
 
@@ -42,11 +44,15 @@ def load_exportable(run: Run, weights: str | None = None) -> ExportableEncoder:
 
 
 def encoder_from(run: Run, weights: str | None, device: str = "cpu") -> Encoder:
-    """The encoder of the run with these weights, whatever they are; None for where they were."""
+    """The encoder of the run with these weights, whatever they are, making the columns it was trained on.
+
+    None for where the weights were.
+    """
     options = {key: value for key, value in _table(run).items() if key != "name"}
     if weights is not None:
         options["weights"] = weights
-    return create_encoder(_table(run)["name"], options, run.plan.view_size, device, "encoder")
+    encoder = create_encoder(_table(run)["name"], options, run.plan.view_size, device, "encoder")
+    return with_columns(encoder, run.info["columns"])
 
 
 def other_than_trained(run: Run, found: dict[str, Any], free: tuple[str, ...]) -> list[str]:

@@ -26,7 +26,6 @@ from pcd.views import ViewPlan
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.toml"
-HISTORY_FILE = "history.json"
 RUNS = Path("runs")
 FIELDS = {"columns", "dataset", "encoders", "frame", "grid", "labels", "shapes", "views"}
 """What no `run.json` can do without."""

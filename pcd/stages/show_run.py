@@ -24,7 +24,7 @@ from pcd.stages.evaluate import choose_protocols
 from pcd.stages.inference import Patches, beliefs, canvas_truth, head_predictor, native_truth
 from pcd.stages.runs import Run
 from pcd.stages.selection import Selection
-from pcd.training.rows import StreamedRows
+from pcd.training.sources import StreamedRows
 from pcd.training.targets import RowTargets, row_targets
 
 BINS = 10
@@ -121,8 +121,7 @@ def _supervision(
     valid, mean = masks["embedding"], chosen.patches(targets["embedding"].mean, run.grid)
     index = bins.index(torch.from_numpy(np.ascontiguousarray(mean))).numpy()
     true = np.where(valid, bins.centres[index], np.nan).astype(np.float32)
-    words = f"{bins.count} bins of {bins.edges[1] - bins.edges[0]:.2f} m"
-    panels.append(SamplePanel("true bin", f"bin of the true depth ({words}), where it counts", "depth", true))
+    panels.append(SamplePanel("true bin", f"bin of the true depth ({bins.describe()}), where it counts", "depth", true))
     histogram = {
         "of": "patches that count in the embedding loss",
         "edges": bins.edges.tolist(),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcd.cache import Cache
-from pcd.errors import PcdError, RunError, UsageError
+from pcd.errors import RunError, UsageError
 from pcd.evaluation.protocol import Protocol
 from pcd.evaluation.scoring import Scorer
 from pcd.files import read_json
@@ -17,12 +18,10 @@ from pcd.heads import head_options
 from pcd.progress import SILENT, Progress
 from pcd.stages.evaluate import EACH, METRICS_FILE, choose_protocols
 from pcd.stages.facts import encoder_lines
-from pcd.stages.reading import shared_reading
-from pcd.stages.report import evaluated
 from pcd.stages.runs import RUN_FILE, Run, default_run_folder, describe_run, open_run
 from pcd.stages.sweep_plan import SweepPlan, Variant
 from pcd.stages.sweep_table import Document, Trained, variant_documents, write_tables
-from pcd.stages.train import train
+from pcd.stages.together import SCORES_FILE, Failures, Scoring, Together, run_folder
 from pcd.training import checkpoints
 
 if TYPE_CHECKING:
@@ -52,15 +51,20 @@ def sweep(
     protocols: Sequence[str] = (),
     checkpoint: str = "abs_rel",
     device: str = "auto",
+    dask: str | None = None,
     progress: Progress = SILENT,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> Sweep:
     """Train and evaluate every variant of `plan` with every seed, and write the tables into `root`.
 
-    A run lies in `ROOT/VARIANT/seed-N` and is what `train` alone makes of the same recipe, bit for bit; the columns are read
-    once for all of them. Finished runs are not repeated, an interrupted one goes on. An error of pcd in a run is recorded and
-    does not stop the others. Scored is the test table, or val where there is none, under `protocols` (default: the recipe's),
-    the first of them the main one. Raises `UsageError` for options that do not apply, `RunError` if `root` holds another sweep.
+    A run lies in `ROOT/VARIANT/seed-N` and is what `train` alone makes of the same recipe, bit for bit. Variants take their
+    steps side by side on each batch that is read; what is held in memory is read once for all seeds. Finished runs are not
+    repeated, an interrupted one goes on. An error of pcd in a run is recorded and does not stop the others. Scored is the test
+    table, or val where there is none, under `protocols` (default: the recipe's), the first of them the main one.
+
+    With `dask`, the address of a dask.distributed scheduler, its workers train and score: the runs are the same on machines of
+    the same type with the same number of threads, and `on_epoch` hears nothing; see `pcd.stages.cluster`. Raises `UsageError`
+    for options that do not apply and workers that cannot take part, `RunError` if `root` holds another sweep.
     """
     if checkpoint == EACH:
         raise UsageError("a sweep compares one set of weights per run: give a metric (its best epoch) or last, not each.")
@@ -68,27 +72,61 @@ def sweep(
     split = "test" if "test" in cache.manifest.tables else "val"
     chosen = _protocols(plan, cache, root, protocols)
     _refuse_other_runs(plan, cache, root)
-    reading = shared_reading(cache, [variant.recipe for variant in plan.variants])
+    scoring = Scoring(split, tuple(protocol.label for protocol in chosen), checkpoint)
+    failures = Failures(root, progress)
+    if dask is None:
+        found = _sweep_here(plan, cache, root, scoring, device, progress, failures, on_epoch)
+    else:
+        found = _sweep_on_workers(dask, plan, cache, root, scoring, device, progress, failures)
     runs: dict[str, list[Trained]] = {variant.name: [] for variant in plan.variants}
-    failures: list[dict[str, Any]] = []
-    total, labels = len(plan.variants) * len(plan.seeds), [protocol.label for protocol in chosen]
-    for number, (variant, seed) in enumerate(((v, s) for v in plan.variants for s in plan.seeds), start=1):
-        progress.say(f"[{number}/{total}] {variant.name}, seed {seed}")
-        folder = root / variant.name / f"seed-{seed}"
-        try:
-            run = train(
-                variant.seeded(seed), cache, folder, device=device, progress=progress, on_epoch=on_epoch, reading=reading
-            )
-            scored = evaluated(run, cache, split, labels, checkpoint, device, progress)
-        except PcdError as error:
-            progress.stop()
-            progress.say(f"{folder}: failed, the others go on: {error}")
-            failures.append({"variant": variant.name, "seed": seed, "error": type(error).__name__, "message": str(error)})
-        else:
-            runs[variant.name].append(_trained(seed, run, scored))
-    document = _document(plan, cache, root, split, checkpoint, chosen, runs, failures)
+    for seed in plan.seeds:
+        for name, trained in runs.items():
+            if (name, seed) in found:
+                trained.append(_trained(seed, run_folder(root, name, seed), found[name, seed]))
+    document = _document(plan, cache, root, split, checkpoint, chosen, runs, failures.found)
     write_tables(root, document)
     return Sweep(root, document)
+
+
+def _sweep_here(
+    plan: SweepPlan,
+    cache: Cache,
+    root: Path,
+    scoring: Scoring,
+    device: str,
+    progress: Progress,
+    failures: Failures,
+    on_epoch: Callable[[EpochReport], None],
+) -> dict[tuple[str, int], Path]:
+    """Train and score all runs in this process; the folder of the evaluation by variant and seed."""
+    found: dict[tuple[str, int], Path] = {}
+    names = ", ".join(variant.name for variant in plan.variants)
+    together = Together(plan.variants, cache, root, device, progress, on_epoch)
+    for number, seed in enumerate(plan.seeds, start=1):
+        progress.say(f"[{number}/{len(plan.seeds)}] seed {seed}: {names}")
+        found |= {(name, seed): folder for name, folder in together.scored(seed, scoring, failures).items()}
+    return found
+
+
+def _sweep_on_workers(
+    address: str,
+    plan: SweepPlan,
+    cache: Cache,
+    root: Path,
+    scoring: Scoring,
+    device: str,
+    progress: Progress,
+    failures: Failures,
+) -> dict[tuple[str, int], Path]:
+    """The same on the workers of a scheduler. Failures come in the order in which the plan names the runs."""
+    if find_spec("distributed") is None:
+        raise UsageError('--dask needs the package distributed: pip install "dask[distributed]", here and where workers run.')
+    from pcd.stages.cluster import sweep_on_workers  # imports distributed
+
+    found = sweep_on_workers(address, plan, cache, root, scoring, device, progress, failures)
+    names = [variant.name for variant in plan.variants]
+    failures.found.sort(key=lambda failure: (plan.seeds.index(failure["seed"]), names.index(failure["variant"])))
+    return found
 
 
 def default_sweep_folder(plan: SweepPlan, cache: Cache) -> Path:
@@ -130,10 +168,11 @@ def _refuse_other_runs(plan: SweepPlan, cache: Cache, root: Path) -> None:
                 )
 
 
-def _trained(seed: int, run: Run, folder: Path) -> Trained:
+def _trained(seed: int, root: Path, folder: Path) -> Trained:
+    """The run in `root`, scored in `folder`."""
     document = read_json(folder / METRICS_FILE)
     metrics = {label: scores["metrics"] for label, scores in document["protocols"].items()}
-    return Trained(seed, run.root, document["epoch"], metrics, folder / "samples.csv")
+    return Trained(seed, root, document["epoch"], metrics, folder / SCORES_FILE)
 
 
 def _document(

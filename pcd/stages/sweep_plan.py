@@ -13,12 +13,9 @@ head.cls = false
 from __future__ import annotations
 
 import itertools
-import json
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -27,10 +24,10 @@ from pcd.cache import Cache
 from pcd.errors import RecipeError, UsageError, suggest
 from pcd.evaluation.metrics import METRICS
 from pcd.heads import head_options
-from pcd.recipe import INSTALLED, RECIPE_FOLDER, Recipe, Section, find_recipe, known_recipes, parse_table
+from pcd.recipe import Recipe, Section, find_recipe, parse_table
 from pcd.stages.recipes import training_recipe
+from pcd.stages.sweep_files import find_sweep, flat, known_sweeps, pairs, read_sweep, toml_text
 
-ABLATIONS = "ablations"
 SEEDS = (0, 1, 2)
 _FIXED = ("name", "description", "extends", "dataset", "views", "encoder", "evaluate")
 _FIXED_KEYS = {"train.seed": "the seeds are those of the sweep (--seeds)", "train.residency": "columns are read once for all"}
@@ -122,15 +119,15 @@ def plan_sweep(
             raise UsageError(_nothing(name))
         file, recipe, where = _SweepFile(), recipe or name, f"sweep of recipe {name or 'of the dataset'}"
     else:
-        file, where = parse_table(_SweepFile, _read(path), str(path)), str(path)
+        file, where = parse_table(_SweepFile, read_sweep(path), str(path)), str(path)
     chosen = parse_table(_Seeds, {"seeds": tuple(file.seeds if seeds is None else seeds)}, "--seeds" if seeds else where).seeds
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"{where}: a seed is named twice: {', '.join(map(str, chosen))}.")
-    common = [*_flat(file.set, f"{where}: set"), *overrides]
+    common = [*flat(file.set, f"{where}: set"), *overrides]
     _refuse([key for key in map(_key, common) if key == "train.seed"], f"{where}: --set")
     if not cache.manifest.plan.flips:
         common = ["evaluate.tta=false", *common]
-    grid = {key: _values(value, f"{where}: grid.{key}") for key, value in _pairs(file.grid)} | dict(map(_vary, vary))
+    grid = {key: _values(value, f"{where}: grid.{key}") for key, value in pairs(file.grid)} | dict(map(_vary, vary))
     parts = [_named(variant, table, where) for variant, table in file.variants.items()]
     parts += [(label, changes, {}) for label, changes in _combinations(grid, where)]
     if not parts:
@@ -147,25 +144,6 @@ def plan_sweep(
     )
 
 
-def find_sweep(name: str) -> Path | None:
-    """The sweep file of that path or name; None if it is a recipe. Raises `RecipeError` for neither."""
-    path = Path(name)
-    if path.suffix == ".toml" and path.is_file():
-        return path if {"variants", "grid"} & _read(path).keys() else None
-    for folder in (RECIPE_FOLDER, INSTALLED):
-        if (found := folder / ABLATIONS / f"{name}.toml").is_file():
-            return found
-    if name not in known_recipes():
-        known = [*known_sweeps(), *known_recipes()]
-        raise RecipeError(f"{name!r} is neither a sweep nor a recipe.{suggest(name, known)}")
-    return None
-
-
-def known_sweeps() -> list[str]:
-    """Names of the sweeps in `pipelines/ablations` and of those that came with pcd, sorted."""
-    return sorted({file.stem for folder in (RECIPE_FOLDER, INSTALLED) for file in (folder / ABLATIONS).glob("*.toml")})
-
-
 def _nothing(name: str | None) -> str:
     if name is None:
         return f"nothing to compare: give a sweep (known: {', '.join(known_sweeps())}) or --vary KEY=VALUE,VALUE."
@@ -173,13 +151,6 @@ def _nothing(name: str | None) -> str:
         f"{find_recipe(name)} is a recipe, which alone is nothing to compare: give --vary KEY=VALUE,VALUE, "
         "or a file with [variants.NAME] tables."
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
 
 
 def _named(name: str, table: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...], Values]:
@@ -191,7 +162,7 @@ def _named(name: str, table: Mapping[str, Any], where: str) -> tuple[str, tuple[
     for family, values in found.paper.items():
         if unknown := [metric for metric in values if metric not in METRICS]:
             raise RecipeError(f"{place}: paper.{family}: unknown metric {unknown[0]!r}.{suggest(unknown[0], METRICS)}")
-    changes = tuple(_flat(found.model_extra or {}, place))
+    changes = tuple(flat(found.model_extra or {}, place))
     _refuse(map(_key, changes), place)
     return name, changes, found.paper
 
@@ -247,32 +218,7 @@ def _key(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
-def _pairs(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested tables under their dotted keys."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _pairs(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _flat(table: Mapping[str, Any], where: str) -> list[str]:
-    """Nested tables as `dotted.key=value`."""
-    return [f"{key}={_text(value, f'{where}: {key}')}" for key, value in _pairs(table)]
-
-
 def _values(value: Any, where: str) -> list[str]:
     if not isinstance(value, list):
         raise RecipeError(f"{where} = {value!r}: expected a list of values.")
-    return [_text(item, where) for item in value]
-
-
-def _text(value: Any, where: str) -> str:
-    """A TOML value as it is written, on one line."""
-    if isinstance(value, list):
-        return f"[{', '.join(_text(item, where) for item in value)}]"
-    if isinstance(value, str | bool):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int | float):
-        return repr(value)
-    raise RecipeError(f"{where}: {value!r} is no value of a recipe.")
+    return [toml_text(item, where) for item in value]

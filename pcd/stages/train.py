@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +13,31 @@ from torch import Tensor
 
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
-from pcd.errors import CacheError, RecipeError, RunError, TextTowerError, suggest
-from pcd.evaluation.metrics import HIGHER_IS_BETTER, METRICS
-from pcd.evaluation.protocols import get_protocol
-from pcd.evaluation.scoring import Scorer
-from pcd.files import plain, write_json
+from pcd.errors import CacheError, RunError, TextTowerError, suggest
+from pcd.evaluation.metrics import HIGHER_IS_BETTER
 from pcd.heads import head_options
-from pcd.heads.base import Batch, Head
+from pcd.heads.base import Batch
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
-from pcd.stages.inference import head_predictor, score
+from pcd.stages.events import EventWriter, require_tensorboard
+from pcd.stages.history import recording
 from pcd.stages.reading import OWN, Reading
-from pcd.stages.runs import HISTORY_FILE, Run, create_or_continue, default_run_folder
+from pcd.stages.runs import Run, create_or_continue, default_run_folder
 from pcd.stages.texts import encoder_digest
+from pcd.stages.validation import validation
 from pcd.training.loop import EpochReport, Loop
-from pcd.training.rows import RowSource, TrainingRows
+from pcd.training.rows import TrainingRows
+from pcd.training.sources import Placed, Residency, Rows, RowSource
+from pcd.training.targets import RowTargets
 from pcd.views import TRUTH
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to go on. `loop` is None if nothing is left to do."""
+
+    run: Run
+    loop: Loop | None
 
 
 def train(
@@ -38,17 +47,64 @@ def train(
     *,
     resume: bool = False,
     device: str = "auto",
+    residency: Residency | None = None,
+    tensorboard: bool = False,
     progress: Progress = SILENT,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
-    through: Callable[[RowSource], RowSource] = lambda source: source,
+    through: Callable[[RowSource], RowSource] | None = None,
     reading: Reading = OWN,
 ) -> Run:
     """Train the head of `recipe` on the cache's train table, validating on its val table; returns the finished run.
 
     The run in `root` (default: a name made of cache and recipe) is continued if it was interrupted; with `resume` there must be
-    one. All columns are read `through` a filter (for baselines that spoil them); trainings that are given one `reading` share
-    what they read. Raises `IncompleteError` for missing rows, `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
+    one. `residency` takes the place of the recipe's; `tensorboard` writes events besides. All columns are read `through` a
+    filter (for baselines that spoil them); trainings that are given one `reading` share what they read. Raises
+    `IncompleteError` for missing rows, `UsageError`, `RunError`, `RecipeError`, `TextTowerError` or `TrainingError`.
     """
+    if tensorboard:
+        require_tensorboard()
+    training = prepare(
+        recipe,
+        cache,
+        root,
+        resume=resume,
+        device=device,
+        residency=residency,
+        progress=progress,
+        through=through,
+        reading=reading,
+    )
+    run, loop = training.run, training.loop
+    if loop is None:
+        if tensorboard:
+            EventWriter(run, run.history).close()
+        return run
+    progress.start("training", recipe.train.epochs, "epochs", done=loop.epoch)
+    with recording(run, loop.history, tensorboard=tensorboard) as record:
+
+        def after_epoch(report: EpochReport) -> None:
+            record()
+            progress.advance()
+            on_epoch(report)
+
+        loop.run(after_epoch)
+    progress.stop()
+    return run
+
+
+def prepare(
+    recipe: Recipe,
+    cache: Cache,
+    root: Path | None = None,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    residency: Residency | None = None,
+    progress: Progress = SILENT,
+    through: Callable[[RowSource], RowSource] | None = None,
+    reading: Reading = OWN,
+) -> Training:
+    """Everything `train` does before the first epoch: the run found or made, columns and targets in place, the head."""
     where = torch.device(resolve_device(device))
     _require(cache, recipe)
     root = root or default_run_folder(cache, recipe)
@@ -57,28 +113,43 @@ def train(
     run, found = create_or_continue(root, recipe, cache)
     if found and run.is_finished:
         progress.say(f"{root} is complete: epoch {len(run.history)}.")
-        return run
-    learn, check = cache.table("train"), cache.table("val")
-    head, rows = run.new_head().to(where), TrainingRows(learn, recipe.train)
-    _attach(rows, learn, run, reading, through(_source(learn, rows.rows, run, reading, where, progress)), where)
-    held_out = check.view_rows(check.usable()).reshape(-1)
-    validate = _validation(run, check, through(_source(check, held_out, run, reading, where, progress)))
+        return Training(run, None)
+    table = cache.table("train")
+    head, rows = run.new_head().to(where), TrainingRows(table, recipe.train)
+    columns = _Columns(run, reading, residency or recipe.train.residency, where, through, progress)
+    targets = _targets(table, rows, run, reading)
+    keep = np.any([target.valid for target in targets.values()], axis=0) if head.sees_valid_patches_only else None
+    rows.attach(columns.place(table, rows.rows, keep), targets, where)
+    val = cache.table("val")
+    held_out = columns.place(val, val.view_rows(val.usable()).reshape(-1)).source
+    validate = validation(run, val, held_out, where, progress.say, reading)
     loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, validate, run.checkpoints)
     if loop.resume():
         progress.say(f"{root}: continuing after epoch {loop.epoch}")
     else:
         head.initialise(_Context(cache, rows))
         progress.say(f"{root}: a new run; {len(rows.rows)} rows, {rows.steps()} steps an epoch")
-    progress.start("training", recipe.train.epochs, "epochs", done=loop.epoch)
+    return Training(run, loop)
 
-    def after_epoch(report: EpochReport) -> None:
-        write_json(root / HISTORY_FILE, plain(loop.history))
-        progress.advance()
-        on_epoch(report)
 
-    loop.run(after_epoch)
-    progress.stop()
-    return run
+@dataclass(frozen=True)
+class _Columns:
+    """How the columns that the head reads are placed."""
+
+    run: Run
+    reading: Reading
+    residency: Residency
+    device: torch.device
+    through: Callable[[RowSource], RowSource] | None
+    progress: Progress
+
+    def place(self, table: Table, rows: Rows, keep: npt.NDArray[np.bool_] | None = None) -> Placed:
+        """The columns of `rows`; through a filter nothing is left out, since it may move patches."""
+        cls, options = head_options(self.run.recipe.head)
+        keep = None if self.through else keep
+        placed = self.reading.columns(table, cls.reads(options), rows, self.residency, self.device, keep)
+        self.progress.say(f"{table.name}: {placed.words}")
+        return replace(placed, source=self.through(placed.source)) if self.through else placed
 
 
 def _require(cache: Cache, recipe: Recipe) -> None:
@@ -96,42 +167,21 @@ def _require(cache: Cache, recipe: Recipe) -> None:
                 f"{cache.root} holds no ground truth resized by views.depth_resize = {recipe.views.depth_resize!r}. "
                 "`pcd extract` with this recipe (--recipe NAME) adds it; no view is encoded again."
             )
-        for column in dict.fromkeys((*cls.reads(options), *table.column_names())):
+        if absent := [column for column in cls.reads(options) if column not in table.column_names()]:
+            raise CacheError(
+                f"{cache.root}: table {name} has no column {absent[0]!r}.{suggest(absent[0], table.column_names())} "
+                "If the encoder can make it, `pcd extract` with the same --set adds it; what is there stays."
+            )
+        for column in table.column_names():
             table.column(column).require()
 
 
-def _attach(rows: TrainingRows, table: Table, run: Run, reading: Reading, source: RowSource, device: torch.device) -> None:
-    """Targets by the recipe's rules, columns from `source`."""
+def _targets(table: Table, rows: TrainingRows, run: Run, reading: Reading) -> Mapping[str, RowTargets]:
+    """Targets of all rows by the recipe's rules."""
     _, options = head_options(run.recipe.head)
     settings = {"embedding": run.recipe.targets.embedding, "depth": run.recipe.targets.depth}
     depth_range = (options.min_depth, options.max_depth)
-    group = TRUTH[run.recipe.views.depth_resize]
-    rows.attach(source, reading.targets(table, rows.rows, run.grid, settings, depth_range, group), device)
-
-
-def _source(
-    table: Table, rows: npt.NDArray[np.int64], run: Run, reading: Reading, device: torch.device, progress: Progress
-) -> RowSource:
-    cls, options = head_options(run.recipe.head)
-    source, words = reading.columns(table, cls.reads(options), rows, run.recipe.train.residency, device)
-    progress.say(f"{table.name}: {words}")
-    return source
-
-
-def _validation(run: Run, table: Table, source: RowSource) -> Callable[[Head], Mapping[str, float]]:
-    """Scores a head on the val table under the recipe's validation protocol, with flip TTA if there are mirrored views."""
-    low, high = table.manifest.dataset["depth_range"]
-    protocol = get_protocol(run.recipe.train.protocol, table.manifest.dataset["family"], (low, high))
-    protocol = replace(protocol, tta=protocol.tta and table.plan.flips)
-    if unknown := [name for name in run.recipe.train.monitor if name not in METRICS]:
-        raise RecipeError(f"train.monitor: unknown metric {unknown[0]!r}.{suggest(unknown[0], METRICS)}")
-
-    def validate(head: Head) -> Mapping[str, float]:
-        scorer = Scorer([protocol], table.plan)
-        score(head_predictor(head.eval(), table, source, run.grid), table, scorer, TRUTH[run.recipe.views.depth_resize])
-        return scorer.scores[protocol.label].means()
-
-    return validate
+    return reading.targets(table, rows.rows, run.grid, settings, depth_range, TRUTH[run.recipe.views.depth_resize])
 
 
 class _Context:

@@ -1,14 +1,16 @@
-"""What a step optimises and how far: phases that take turns or all at once, warm-up, clipped gradients, averaged weights."""
+"""What a step optimises, how exactly and how far: phases in turns or all at once, precision, warm-up, clipping, averages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pcd.errors import UsageError
 from pcd.heads.base import Phase
 
 JOINT = "joint"
@@ -65,6 +67,64 @@ def clip(phase: Phase, limit: float) -> None:
     """Scale the gradient of a phase down to norm `limit`, if that is not 0, without waiting for the device."""
     if limit:
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in phase.parameters], limit)
+
+
+class Products:
+    """In which precision matrix products are computed: `fp32`, `tf32` (a GPU's) or `bf16`; weights are float32 throughout."""
+
+    def __init__(self, precision: Literal["fp32", "tf32", "bf16"], device: torch.device) -> None:
+        """Raises `UsageError` for tf32 on anything but a CUDA GPU."""
+        if precision == "tf32" and device.type != "cuda":
+            raise UsageError(f'train.precision = "tf32" is a mode of CUDA GPUs, and this is a {device.type}; use "fp32".')
+        self._precision = precision
+        self._device = device
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Around forward passes: bf16 products. Their gradients follow them by themselves."""
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16")
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Around whole steps and validations: tf32 products."""
+        before = torch.get_float32_matmul_precision()
+        if self._precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class Randomness:
+    """The random numbers of one training, whatever else draws some in between."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        """Numbers that follow from `seed`, on the host and on `device`; the global state stays as it is."""
+        self._device = device
+        before = self._state()
+        torch.manual_seed(seed)
+        self._own = self._state()
+        self._set(before)
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Within it they are drawn; afterwards the global state is as it was."""
+        before = self._state()
+        self._set(self._own)
+        try:
+            yield
+        finally:
+            self._own = self._state()
+            self._set(before)
+
+    def _state(self) -> tuple[Tensor, ...]:
+        own = torch.get_rng_state()
+        return (own, torch.cuda.get_rng_state(self._device)) if self._device.type == "cuda" else (own,)
+
+    def _set(self, state: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(state[0])
+        if len(state) > 1:
+            torch.cuda.set_rng_state(state[1], self._device)
 
 
 class Average:

@@ -33,8 +33,8 @@ class RowTargets:
 
     def batch(self, positions: npt.NDArray[np.int64], device: torch.device) -> PatchTargets:
         """The targets of some rows as tensors `(B, P)`."""
-        return PatchTargets(
-            *(torch.from_numpy(array[positions]).to(device) for array in (self.count, self.mean, self.var, self.valid))
+        return PatchTargets.from_host(
+            self.count[positions], self.mean[positions], self.var[positions], self.valid[positions], device=device
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def ahead(function: Callable[[A], B], items: Iterable[A], threads: int, depth: int) -> Iterator[B]:
+def ahead(function: Callable[[A], B], items: Iterable[A], threads: int, depth: int) -> Generator[B]:
     """`map(function, items)` in order, computed by `threads` up to `depth` items ahead of the consumer.
 
     An error is raised where its item's turn comes.

@@ -1,0 +1,205 @@
+"""What an extraction is asked for, and how that becomes a cache that says what it is to hold and tasks that fill it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcd.cache import Cache, ColumnEntry, Manifest
+from pcd.cache.compact import TokenForm
+from pcd.cache.lock import PART, holding, parts
+from pcd.cache.manifest import MANIFEST
+from pcd.datasets import Dataset, registry
+from pcd.encoders import create_encoder, with_columns
+from pcd.errors import CacheError
+from pcd.fingerprint import file_digest
+from pcd.progress import Progress
+from pcd.recipe import Recipe, parse_table
+from pcd.stages.checks import (
+    native_size,
+    refuse_missing_files,
+    refuse_other_columns,
+    refuse_other_samples,
+    refuse_small_disk,
+)
+from pcd.stages.frames import located
+from pcd.stages.needs import Needs, asked_by, columns_of, needs_of_all
+from pcd.stages.parts import Part
+from pcd.stages.plan import TablePlan, asked_before, plan_columns
+from pcd.stages.shard_task import Job, Kit, ShardTask, shard_tasks
+from pcd.stages.texts import embed_texts
+
+if TYPE_CHECKING:
+    from pcd.encoders.base import Encoder
+    from pcd.stages.rows import OnError
+
+PLANNING = "planning"
+PAUSE = 0.1
+"""Seconds between two looks at whether another part has done planning."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for, and what follows from it without opening an image."""
+
+    recipes: Sequence[Recipe]
+    root: Path
+    dataset: Dataset
+    tables: list[TablePlan]
+    wanted: Manifest
+    kind: str
+    request: dict[str, Any]
+    device: str
+    on_error: OnError
+    batch_views: int | None
+    tokens: TokenForm | None
+    workers: int
+    dask: str | None
+    part: Part | None
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The one whose tokens are wanted."""
+        return self.recipes[0]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A cache that says what it is to hold, and what is to be done so that it does."""
+
+    cache: Cache
+    job: Job
+    kit: Kit | None
+    """None if workers make their own."""
+    all: list[ShardTask]
+    mine: list[ShardTask]
+    facts: dict[str, Any]
+    """For the provenance."""
+
+
+def prepare(order: Order, held: ExitStack) -> Ready:
+    """Plan, and write the plan down; what `held` locks stays locked."""
+    if order.on_error == "stop":
+        refuse_missing_files(order.dataset, order.tables)
+    recipe, needs = order.recipe, needs_of_all(order.recipes)
+    size = order.wanted.plan.view_size
+    encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), size, order.device, "encoder")
+    native = native_size(order.dataset, order.tables)
+    with undisturbed(order):
+        if order.part is not None:
+            held.enter_context(holding(order.root, f"{PART}{order.part.name}", _Taken(order.root, order.part)))
+        encoder = _with_asked_columns(encoder, recipe, order.root, order.progress)
+        there = Cache.open(order.root).manifest if (order.root / MANIFEST).exists() else order.wanted
+        entries = plan_columns(there, encoder, needs.resizes, native, order.tokens)
+        cache = _write_plan(order, encoder, entries, needs)
+    job = Job(
+        cache=str(order.root.absolute()),
+        manifest=file_digest(order.root / MANIFEST),
+        recipe=_sendable(recipe),
+        columns=tuple(entries),
+        outputs=tuple(spec.name for spec in encoder.columns),
+        resizes=needs.resizes,
+        on_error=order.on_error,
+        device=order.device,
+        batch_views=order.batch_views,
+    )
+    alone = order.workers == 1 and order.dask is None
+    kit = Kit(job, cache, order.dataset, order.tables, encoder) if alone else None
+    tasks = shard_tasks(cache, entries)
+    facts = {"encoder": encoder.fingerprint(), "texts": needs.phrases if encoder.has_text else []}
+    return Ready(cache, job, kit, tasks, order.part.of(tasks) if order.part else tasks, facts)
+
+
+class _Taken:
+    """Refuses a part that somebody else is writing."""
+
+    def __init__(self, root: Path, part: Part) -> None:
+        self._root, self._part = root, part
+
+    def __call__(self, holder: str) -> None:
+        raise CacheError(f"part {self._part} of {self._root} is being written by {holder}; wait for it, or take another part.")
+
+
+@contextmanager
+def undisturbed(order: Order) -> Iterator[None]:
+    """While no other part plans or records what it did."""
+    told = False
+
+    def wait(holder: str) -> None:
+        nonlocal told
+        if not told:
+            order.progress.say(f"{order.root} is being planned by {holder}; waiting for it")
+        told = True
+        time.sleep(PAUSE)
+
+    if order.part is None:  # the whole cache is held
+        yield
+        return
+    with holding(order.root, PLANNING, wait):
+        yield
+
+
+def _with_asked_columns(encoder: Encoder, recipe: Recipe, root: Path, progress: Progress) -> Encoder:
+    """The encoder with the columns that the recipe's head reads, and those that a head before asked this cache for."""
+    there = Cache.open(root).manifest if (root / MANIFEST).exists() else None
+    before = [] if there is None else asked_before(there, encoder)
+    encoder = with_columns(encoder, [*columns_of(recipe), *before])
+    known = {spec.name for spec in encoder.columns} | set(() if there is None else there.columns)
+    if missing := [name for name in columns_of(recipe) if name not in known]:
+        progress.say(f"The head reads {', '.join(missing)}, which {recipe.encoder['name']} does not make; it cannot train so.")
+    return encoder
+
+
+def _write_plan(order: Order, encoder: Encoder, entries: dict[str, ColumnEntry], needs: Needs) -> Cache:
+    """The cache, which now says that it is to hold these columns, with the texts that are asked for."""
+    cache = _open_or_create(order.root, order.wanted, order.tables)
+    refuse_other_columns(cache, entries)
+    manifest, new = cache.manifest, [name for name in entries if name not in cache.manifest.columns]
+    others = parts(order.root) if new and order.part else {}
+    if busy := [f"part {name} by {holder}" for name, holder in others.items() if order.part and name != order.part.name]:
+        raise CacheError(
+            f"{order.root}: column {new[0]} cannot be added while parts without it are being written ({'; '.join(busy)}); "
+            "wait for them to end."
+        )
+    refuse_small_disk(cache, entries, order.progress)
+    known: dict[str, Any] = {"table": order.recipe.encoder, "request": order.request}
+    whole = {**known, "asked": asked_by(order.recipes)}
+    if new or manifest.encoders.get(order.kind) != whole:
+        manifest.encoders[order.kind] = known
+        cache.add_columns(entries)
+    embed_texts(cache, encoder, needs.phrases, order.progress)
+    if manifest.encoders[order.kind] != whole:
+        manifest.encoders[order.kind] = whole
+        manifest.write(order.root)
+    return cache
+
+
+def _open_or_create(root: Path, wanted: Manifest, tables: list[TablePlan]) -> Cache:
+    if not (root / MANIFEST).exists():
+        return Cache.create(root, wanted, {table.name: table.keys for table in tables})
+    cache = Cache.open(root)
+    refuse_other_samples(cache, wanted)  # it may have come into being a moment ago
+    return cache
+
+
+def _sendable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values that mean the same in another working folder."""
+    table = located(recipe.dataset)
+    options = parse_table(registry.get(recipe.dataset["name"]).Options, recipe.options("dataset"), "dataset")
+    for key in recipe.options("dataset"):
+        value = getattr(options, key)
+        in_root = options.root is not None and (options.root / str(value)).exists()  # where datasets look first
+        if isinstance(value, Path) and value.exists() and not in_root:
+            table[key] = str(value.resolve())
+    return {**recipe.model_dump(), "dataset": table, "encoder": located_encoder(recipe)}
+
+
+def located_encoder(recipe: Recipe) -> dict[str, Any]:
+    """The `[encoder]` table with the path of a weights file made absolute."""
+    weights = Path(recipe.encoder.get("weights", ""))
+    return {**recipe.encoder, "weights": str(weights.resolve())} if weights.is_file() else dict(recipe.encoder)
