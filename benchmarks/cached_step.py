@@ -46,8 +46,10 @@ Step = Callable[[], object]
 class PlainHead(PureClipHead):
     """The head, its MLPs applied as modules to the concatenation also in training."""
 
-    def embed(self, patch: Tensor, cls: Tensor | None, view: Tensor) -> Tensor:
+    def embed(self, patch: Tensor, cls: Tensor | None, view: Tensor | None = None) -> Tensor:
         """Equations 9 and 10."""
+        if view is None:
+            return super().embed(patch, cls)
         shared = F.normalize(cls.float(), dim=-1)[view] if cls is not None else patch[:, :0].float()
         return F.normalize(self.psi(torch.cat([self.phi(patch.float()), shared], dim=-1)), dim=-1)
 
@@ -65,7 +67,9 @@ class Training:
         self.optimiser = torch.optim.AdamW(self.head.parameters(), lr=3e-4)
         mean = torch.rand(patch.shape[:2], device=patch.device) * 9 + 0.5
         valid = torch.rand(patch.shape[:2], device=patch.device).argsort(dim=1) < share * patch.shape[1]
-        self.batch = Batch(columns, {"embedding": PatchTargets(valid.float() * 196, mean, torch.full_like(mean, 0.1), valid)})
+        arrays = (valid.float() * 196, mean, torch.full_like(mean, 0.1), valid)
+        targets = PatchTargets.from_host(*(array.cpu().numpy() for array in arrays), device=patch.device)
+        self.batch = Batch(columns, {"embedding": targets})
 
     def gradients(self) -> None:
         """Forward and backward."""

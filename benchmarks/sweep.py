@@ -1,10 +1,10 @@
 """What one read saves a sweep: the bytes and seconds that reading takes in one run, and in eight variants of one sweep.
 
-    python benchmarks/sweep.py CACHE [--variants 8]
+    python benchmarks/sweep.py CACHE [--variants 8] [--residency host]
 
-Measured is everything that `Column.read` does for the tables train and val, with one epoch of a narrow head per run: tokens,
-and apart from them the depth columns (targets of the training rows; ground truth of val, which is read again in every epoch of
-every run, in a sweep or not). The page cache is warm, as it is after the first run.
+Measured is everything that `Column.read` does for the tables train and val, with two epochs of a narrow head per run: tokens
+(once if they are held in memory, in every epoch if they are streamed), and apart from them the depth columns. The page cache is
+warm, as it is after the first run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 
 from pcd.cache import Cache
 from pcd.cache.column import Column
-from pcd.stages.reading import OWN, Reading, shared_reading
+from pcd.progress import SILENT
 from pcd.stages.sweep_plan import SweepPlan, plan_sweep
+from pcd.stages.together import Failures, Together
 from pcd.stages.train import train
 
 TABLES = ("train", "val")
@@ -60,10 +61,18 @@ def metered(call: Callable[[], object]) -> dict[bool, Meter]:
     return meters
 
 
-def run_all(plan: SweepPlan, cache: Cache, root: Path, reading: Reading) -> None:
-    """Every variant, one epoch each."""
+def run_alone(plan: SweepPlan, cache: Cache, root: Path) -> None:
+    """Every variant by itself."""
     for variant in plan.variants:
-        train(variant.seeded(0), cache, root / variant.name, device="cpu", reading=reading)
+        train(variant.seeded(0), cache, root / variant.name, device="cpu")
+
+
+def run_together(plan: SweepPlan, cache: Cache, root: Path) -> None:
+    """Every variant side by side, as a sweep does."""
+    failures = Failures(root, SILENT)
+    Together(plan.variants, cache, root, "cpu", SILENT, lambda report: None).train(0, failures)
+    if failures.found:
+        raise SystemExit(str(failures.found))
 
 
 def main() -> None:
@@ -71,17 +80,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--variants", type=int, default=8)
+    parser.add_argument("--residency", choices=["host", "stream"], default="host")
     options = parser.parse_args()
     vary = [f"head.dropout={','.join(str(number / 100) for number in range(options.variants))}"]
-    narrow = ["head.table_init=random", "head.hidden=1", "train.epochs=1", "train.residency=host"]
+    narrow = ["head.table_init=random", "head.hidden=1", "train.epochs=2", f"train.residency={options.residency}"]
     with Cache.open(options.cache) as cache, tempfile.TemporaryDirectory() as folder:
         many = plan_sweep(cache, vary=vary, overrides=narrow)
         one = SweepPlan(many.name, "", many.seeds, many.variants[:1])
-        recipes = [variant.recipe for variant in many.variants]
-        run_all(one, cache, Path(folder) / "warm", OWN)
-        single = metered(lambda: run_all(one, cache, Path(folder) / "one", OWN))
-        shared = metered(lambda: run_all(many, cache, Path(folder) / "shared", shared_reading(cache, recipes)))
-        alone = metered(lambda: run_all(many, cache, Path(folder) / "alone", OWN))
+        run_alone(one, cache, Path(folder) / "warm")
+        single = metered(lambda: run_alone(one, cache, Path(folder) / "one"))
+        shared = metered(lambda: run_together(many, cache, Path(folder) / "shared"))
+        alone = metered(lambda: run_alone(many, cache, Path(folder) / "alone"))
     print(f"{options.cache}, tables train and val, {os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}")
     names = ("one run", f"{options.variants} variants, one sweep", f"{options.variants} runs of their own")
     for tokens, kind in ((True, "tokens"), (False, "depth")):
