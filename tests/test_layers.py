@@ -33,7 +33,7 @@ from pcd.stages.train import train
 from tests.export_support import SHORT, as_input, picture, train_tiny
 from tests.test_extract import files, toy_recipe
 from tests.tiny_clip import reference_model, tiny_model, tiny_weights
-from tests.toy import ToyEncoder
+from tests.toy import Said, ToyEncoder
 
 PATCH = "clip/patch"
 HEAD = ["head.layers=[1]", "head.fusion=film"]
@@ -195,20 +195,9 @@ def test_what_was_begun_is_completed_by_whoever_extracts_next(tmp_path: Path, mo
 
 
 def test_an_encoder_without_layers_says_so(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Listener:
-        def say(self, text: str) -> None:
-            said.append(text)
-
-        def start(self, label: str, total: int, unit: str, done: int = 0) -> None: ...
-
-        def advance(self, number: int = 1) -> None: ...
-
-        def stop(self) -> None: ...
-
+    said = Said()
     recipe = layered(3, encoder="toy:toy")
-    cache = run(tmp_path / "cache", recipe, progress=Listener()).cache
+    cache = run(tmp_path / "cache", recipe, progress=said).cache
     assert "The head reads clip/patch@3, which toy:toy does not make; it cannot train so." in said
     with pytest.raises(CacheError, match=r"table train has no column 'clip/patch@3'"):
         train(recipe, cache, tmp_path / "run", device="cpu")

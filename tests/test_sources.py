@@ -19,6 +19,7 @@ from pcd.training.sources import HeldRows, Placed, StreamedRows, held_bytes, pla
 from pcd.training.steps import Products, Randomness
 from tests.sweep_support import SHORT, toy_cache, weights
 from tests.test_training import COLUMNS, CPU, make_rows
+from tests.toy import Said
 
 NARROW = 'targets.embedding={mask="garg"}', 'targets.depth={mask="garg", max_depth=5.0}'
 """Rules under which some patches never count."""
@@ -48,20 +49,9 @@ def test_the_weights_are_the_same_bits_wherever_columns_lie(
 
 
 def test_patches_that_never_count_are_not_held(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-
-    class Listener:
-        def say(self, text: str) -> None:
-            said.append(text)
-
-        def start(self, label: str, total: int, unit: str, done: int = 0) -> None: ...
-
-        def advance(self, number: int = 1) -> None: ...
-
-        def stop(self) -> None: ...
-
+    said = Said()
     monkeypatch.setattr(sources, "WORTH_LEAVING_OUT", 1.0)
-    prepare(training_recipe(cache, None, [*SHORT, *NARROW]), cache, tmp_path / "run", device="cpu", progress=Listener())
+    prepare(training_recipe(cache, None, [*SHORT, *NARROW]), cache, tmp_path / "run", device="cpu", progress=said)
     line = next(text for text in said if text.startswith("train: "))
     assert "of patches that never count" in line
     assert "held in memory" in line

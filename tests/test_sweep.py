@@ -24,6 +24,7 @@ from pcd.training.loop import EpochReport
 from pcd.training.sources import HeldRows, StreamedRows
 from tests.sweep_support import SHORT, cls_plan, toy_cache, weights
 from tests.test_extract import toy_recipe
+from tests.toy import Said
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +172,6 @@ def test_columns_that_do_not_fit_stream_to_the_same_weights(
     assert {"train", "val"} <= set(streamed)
     assert any("read from the cache batch by batch" in line for line in said)
     assert_same(tmp_path / "held" / "with" / "seed-0", tmp_path / "streamed" / "with" / "seed-0")
-
-
-class Said(list[str]):
-    """A progress that keeps its lines."""
-
-    def say(self, text: str) -> None:
-        self.append(text)
-
-    def start(self, label: str, total: int, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, number: int = 1) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 def test_what_does_not_apply_is_refused_before_any_training(cache: Cache, tmp_path: Path) -> None:

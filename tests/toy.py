@@ -120,3 +120,16 @@ class ToyEncoder:
             raise TextTowerError("toy weights without a text tower")
         seeds = [int(hashlib.sha256(phrase.encode()).hexdigest()[:8], 16) for phrase in phrases]
         return torch.stack([torch.randn(WIDE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+class Said(list[str]):
+    """A progress that keeps its lines."""
+
+    def say(self, text: str) -> None:
+        self.append(text)
+
+    def start(self, label: str, total: int, unit: str, done: int = 0) -> None: ...
+
+    def advance(self, number: int = 1) -> None: ...
+
+    def stop(self) -> None: ...
