@@ -12,6 +12,7 @@ import torch
 
 from pcd.cache import Cache
 from pcd.errors import UsageError
+from pcd.stages.demo import ShuffledTokens
 from pcd.stages.recipes import training_recipe
 from pcd.stages.train import prepare, train
 from pcd.training import sources
@@ -46,6 +47,14 @@ def test_the_weights_are_the_same_bits_wherever_columns_lie(
         for name, value in streamed.items():
             assert torch.equal(held[name], value), (residency, name)
             assert torch.equal(whole[name], value), name
+
+
+def test_what_moves_patches_sees_all_of_them(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's shuffled tokens: nothing may be left out that they could bring to a patch that counts."""
+    streamed = trained(cache, tmp_path / "stream", "stream", through=ShuffledTokens)
+    monkeypatch.setattr(sources, "WORTH_LEAVING_OUT", 1.0)
+    held = trained(cache, tmp_path / "host", "host", through=ShuffledTokens)
+    assert all(torch.equal(held[name], value) for name, value in streamed.items())
 
 
 def test_patches_that_never_count_are_not_held(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,15 @@ def test_runs_are_what_train_makes_of_the_same_recipe(cache: Cache, tmp_path: Pa
     assert not torch.equal(first["weights.table"], second["weights.table"])
 
 
+def test_variants_whose_rows_have_another_order_are_what_they_are_alone(cache: Cache, tmp_path: Path) -> None:
+    changes = {"mirrored": "train.flips=true", "small": "train.batch_size=3", "drawn": "train.tiles=random"}
+    tables = "".join(f"[variants.{name}]\n{change}\n" for name, change in changes.items()).replace("random", '"random"')
+    assert sweep(cls_plan(cache, tmp_path, seeds=[1], text=tables), cache, tmp_path / "out", device="cpu").failures == []
+    for name, change in changes.items():
+        train(training_recipe(cache, None, [*SHORT, change, "train.seed=1"]), cache, tmp_path / name, device="cpu")
+        assert_same(tmp_path / "out" / name / "seed-1", tmp_path / name)
+
+
 def test_an_interrupted_sweep_goes_on_where_it_was(cache: Cache, tmp_path: Path) -> None:
     plan, root = cls_plan(cache, tmp_path), tmp_path / "out"
     first = Epochs(until=5)

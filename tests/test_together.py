@@ -103,6 +103,32 @@ def test_one_that_breaks_in_the_middle_leaves_the_others_alone(
     assert all(value.isfinite().all() for value in kept.values()), "the last good checkpoint stays"
 
 
+def test_an_epoch_reports_the_means_over_its_steps(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each phase over the steps that were its turn, and the rates of the phases with the decay of that epoch."""
+    seen: dict[str, list[float]] = {}
+    losses = PureClipHead.losses
+
+    def noted(self: PureClipHead, batch: Batch, phase: str) -> dict[str, torch.Tensor]:
+        found = losses(self, batch, phase)
+        for name, value in found.items():
+            seen.setdefault(f"{phase}/{name}", []).append(value.item())
+        return found
+
+    monkeypatch.setattr(PureClipHead, "losses", noted)
+    reports: list[EpochReport] = []
+    loop = loop_of(cache, tmp_path / "run", "train.epochs=1", "train.decay=cosine", "head.depth.lr=0.5")
+    loop.run(reports.append)
+    assert (
+        reports[0].losses.keys()
+        == seen.keys()
+        == {f"embedding/{n}" for n in ("total", "alignment", "info_nce")} | {"depth/total"}
+    )
+    assert len(seen["embedding/total"]) + len(seen["depth/total"]) == reports[0].step
+    for name, values in seen.items():
+        assert reports[0].losses[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert reports[0].rates == {"embedding": 3e-4, "depth": 0.5}
+
+
 def test_a_sweep_that_streams_reads_every_batch_once_for_all_variants(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,8 @@ def _token(root: Path) -> Iterator[Any]:
 def _local_workers(number: int) -> Iterator[tuple[Client, _Logs]]:
     """Processes on this machine, restarted when they die, and what they print."""
     settings = {"distributed.scheduler.allowed-failures": DEATHS}
-    options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "memory_limit": 0, "dashboard_address": None}
+    options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "memory_limit": 0}
+    options["dashboard_address"] = "127.0.0.1:0"  # None would be the usual port, which another extraction may have
     scratch = tempfile.TemporaryDirectory(prefix="pcd-workers-", ignore_cleanup_errors=True)
     with scratch as folder, dask.config.set(settings), _deaf_loop() as loop:
         try:
