@@ -8,15 +8,13 @@ there blocks nobody.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import TextIO
 
+from pcd import locks
 from pcd.errors import CacheError
 
 LOCK = ".lock"
@@ -37,8 +35,8 @@ def writing(root: Path) -> Iterator[None]:
     to or its file system has no locks.
     """
     with _open(root / LOCK) as handle:
-        _take(root, handle, fcntl.LOCK_EX)
-        _sign(handle)
+        _take(root, handle, locks.ALONE)
+        locks.sign(handle)
         try:
             yield
         finally:
@@ -50,7 +48,7 @@ def writing(root: Path) -> Iterator[None]:
 def sharing(root: Path) -> Iterator[None]:
     """Hold the cache so that others may write parts of it meanwhile, but nobody the whole. Raises as `writing` does."""
     with _open(root / LOCK) as handle:
-        _take(root, handle, fcntl.LOCK_SH)
+        _take(root, handle, locks.SHARED)
         handle.truncate(0)
         try:
             yield
@@ -68,10 +66,10 @@ def holding(root: Path, name: str, occupied: Callable[[str], None]) -> Iterator[
     path = root / f"{LOCK}.{name}"
     while True:
         with _open(path) as handle:
-            if not _locked(handle, fcntl.LOCK_EX):
-                holder = _words(handle)
+            if not _locked(handle, locks.ALONE):
+                holder = locks.holder(handle)
             elif _is_there(path, handle):
-                _sign(handle)
+                locks.sign(handle)
                 try:
                     yield
                 finally:
@@ -101,8 +99,8 @@ def _holder(path: Path, *, remove: bool = False) -> str:
     """The words for who holds a lock, or nothing if nobody does; its file may then be removed."""
     try:
         with path.open("r+", encoding="utf-8") as handle:
-            if not _locked(handle, fcntl.LOCK_EX):
-                return _words(handle)
+            if not _locked(handle, locks.ALONE):
+                return locks.holder(handle)
             if remove and _is_there(path, handle):
                 path.unlink()
     except FileNotFoundError:
@@ -129,21 +127,18 @@ def _take(root: Path, handle: TextIO, kind: int) -> None:
     if not _locked(handle, kind):
         texts = {path.name.removeprefix(f"{LOCK}.{PART}"): path.read_text(encoding="utf-8") for path in _part_files(root)}
         holders = [f"part {name} by {text.strip()}" for name, text in texts.items() if text.strip()]
-        holder = f"in parts: {'; '.join(holders)}" if holders else f"by {_words(handle)}"
+        holder = f"in parts: {'; '.join(holders)}" if holders else f"by {locks.holder(handle)}"
         raise CacheError(f"{root} is being written {holder}; wait for it to end.")
 
 
 def _locked(handle: TextIO, kind: int) -> bool:
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return locks.locked(handle, kind)
     except OSError as error:
         raise CacheError(
             f"{handle.name} cannot be locked ({error.strerror}): without locks two writers could not be kept apart. "
             "Write to another disk and copy the finished cache here: `pcd cache copy SRC DST`."
         ) from None
-    return True
 
 
 def _is_there(path: Path, handle: TextIO) -> bool:
@@ -152,14 +147,3 @@ def _is_there(path: Path, handle: TextIO) -> bool:
         return os.path.samestat(path.stat(), os.fstat(handle.fileno()))
     except FileNotFoundError:
         return False
-
-
-def _words(handle: TextIO) -> str:
-    handle.seek(0)
-    return handle.read().strip() or "another process"
-
-
-def _sign(handle: TextIO) -> None:
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(' ', 'seconds')}")
-    handle.flush()

@@ -93,8 +93,8 @@ def prepare(order: Order, held: ExitStack) -> Ready:
     with undisturbed(order):
         if order.part is not None:
             held.enter_context(holding(order.root, f"{PART}{order.part.name}", _Taken(order.root, order.part)))
-        encoder = _with_asked_columns(encoder, recipe, order.root, order.progress)
-        there = Cache.open(order.root).manifest if (order.root / MANIFEST).exists() else order.wanted
+        there = Manifest.read(order.root) if (order.root / MANIFEST).exists() else order.wanted
+        encoder = _with_asked_columns(encoder, recipe, there, order.progress)
         entries = plan_columns(there, encoder, needs.resizes, native, order.tokens)
         cache = _write_plan(order, encoder, entries, needs)
     job = Job(
@@ -144,12 +144,10 @@ def undisturbed(order: Order) -> Iterator[None]:
         yield
 
 
-def _with_asked_columns(encoder: Encoder, recipe: Recipe, root: Path, progress: Progress) -> Encoder:
+def _with_asked_columns(encoder: Encoder, recipe: Recipe, there: Manifest, progress: Progress) -> Encoder:
     """The encoder with the columns that the recipe's head reads, and those that a head before asked this cache for."""
-    there = Cache.open(root).manifest if (root / MANIFEST).exists() else None
-    before = [] if there is None else asked_before(there, encoder)
-    encoder = with_columns(encoder, [*columns_of(recipe), *before])
-    known = {spec.name for spec in encoder.columns} | set(() if there is None else there.columns)
+    encoder = with_columns(encoder, [*columns_of(recipe), *asked_before(there, encoder)])
+    known = {spec.name for spec in encoder.columns} | there.columns.keys()
     if missing := [name for name in columns_of(recipe) if name not in known]:
         progress.say(f"The head reads {', '.join(missing)}, which {recipe.encoder['name']} does not make; it cannot train so.")
     return encoder

@@ -1,14 +1,13 @@
-"""One writer per run: a lock that the operating system releases when its holder ends, however it ends."""
+"""One writer per run of a sweep that several processes work on; see `pcd.locks`."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from pcd import locks
 from pcd.errors import RunError
 
 LOCK = ".lock"
@@ -23,26 +22,20 @@ def writing(folder: Path, occupied: Callable[[str], None]) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as handle:
-        while not _locked(handle.fileno(), folder):
-            handle.seek(0)
-            occupied(handle.read().strip() or "another process")
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {platform.node()}")
-        handle.flush()
+        while not _locked(handle, folder):
+            occupied(locks.holder(handle))
+        locks.sign(handle)
         try:
             yield
         finally:
             handle.truncate(0)
 
 
-def _locked(descriptor: int, folder: Path) -> bool:
+def _locked(handle: TextIO, folder: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return locks.locked(handle)
     except OSError as error:
         raise RunError(
             f"{folder / LOCK} cannot be locked ({error.strerror}): without locks two workers could write one run at once. "
             "Give an --out on a file system with flock."
         ) from None
-    return True

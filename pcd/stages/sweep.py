@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +76,12 @@ def sweep(
     if dask is None:
         found = _sweep_here(plan, cache, root, scoring, device, progress, failures, on_epoch)
     else:
-        found = _sweep_on_workers(dask, plan, cache, root, scoring, device, progress, failures)
-    runs: dict[str, list[Trained]] = {variant.name: [] for variant in plan.variants}
+        from pcd.stages.cluster import sweep_on_workers  # distributed is imported by who uses it
+
+        found = sweep_on_workers(dask, plan, cache, root, scoring, device, progress, failures)
+    names = [variant.name for variant in plan.variants]
+    failures.found.sort(key=lambda failure: (plan.seeds.index(failure["seed"]), names.index(failure["variant"])))
+    runs: dict[str, list[Trained]] = {name: [] for name in names}
     for seed in plan.seeds:
         for name, trained in runs.items():
             if (name, seed) in found:
@@ -105,27 +108,6 @@ def _sweep_here(
     for number, seed in enumerate(plan.seeds, start=1):
         progress.say(f"[{number}/{len(plan.seeds)}] seed {seed}: {names}")
         found |= {(name, seed): folder for name, folder in together.scored(seed, scoring, failures).items()}
-    return found
-
-
-def _sweep_on_workers(
-    address: str,
-    plan: SweepPlan,
-    cache: Cache,
-    root: Path,
-    scoring: Scoring,
-    device: str,
-    progress: Progress,
-    failures: Failures,
-) -> dict[tuple[str, int], Path]:
-    """The same on the workers of a scheduler. Failures come in the order in which the plan names the runs."""
-    if find_spec("distributed") is None:
-        raise UsageError('--dask needs the package distributed: pip install "dask[distributed]", here and where workers run.')
-    from pcd.stages.cluster import sweep_on_workers  # imports distributed
-
-    found = sweep_on_workers(address, plan, cache, root, scoring, device, progress, failures)
-    names = [variant.name for variant in plan.variants]
-    failures.found.sort(key=lambda failure: (plan.seeds.index(failure["seed"]), names.index(failure["variant"])))
     return found
 
 

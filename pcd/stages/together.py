@@ -148,21 +148,20 @@ class Together:
         placed = self._reading.columns(table, list(columns), rows, recipe.train.residency, device)
         placed = replace(placed, source=_Checked(placed.source, self._check))
         failed: set[str] = set()
-        stack = ExitStack()
-        records = {loop: stack.enter_context(recording(group[name].run, loop.history)) for loop, name in loops.items()}
-
-        def after_epoch(loop: Loop, report: EpochReport) -> None:
-            records[loop]()
-            self._progress.advance()
-            self._on_epoch(report)
-
-        def on_error(loop: Loop, error: PcdError) -> None:
-            failed.add(loops[loop])
-            failures.add(loops[loop], seed, error)
-
         epochs = sum(training.run.recipe.train.epochs for training in group.values())
         self._progress.start(f"training {len(loops)} variants", epochs, "epochs", done=sum(loop.epoch for loop in loops))
-        with stack:
+        with ExitStack() as stack:
+            records = {loop: stack.enter_context(recording(group[name].run, loop.history)) for loop, name in loops.items()}
+
+            def after_epoch(loop: Loop, report: EpochReport) -> None:
+                records[loop]()
+                self._progress.advance()
+                self._on_epoch(report)
+
+            def on_error(loop: Loop, error: PcdError) -> None:
+                failed.add(loops[loop])
+                failures.add(loops[loop], seed, error)
+
             run_together(loops, placed, after_epoch, on_error)
         self._progress.stop()
         return failed
