@@ -144,7 +144,12 @@ def test_products_in_bf16_are_close_and_nothing_else_is_rounded(cache: Cache, tm
         torch.testing.assert_close(rounded[name], exact[name], rtol=0.1, atol=0.02)
 
 
-def test_products_know_their_device() -> None:
+def test_products_know_their_device(cache: Cache, tmp_path: Path) -> None:
+    said = Said()
+    with pytest.raises(UsageError, match='"tf32" is a mode of CUDA GPUs'):
+        prepare(training_recipe(cache, None, ["train.precision=tf32"]), cache, tmp_path / "run", device="cpu", progress=said)
+    assert said == []  # nothing was read
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match='"tf32" is a mode of CUDA GPUs, and this is a cpu'):
         Products("tf32", CPU)
     a, b = torch.full((4, 4), 1 / 3), torch.eye(4)

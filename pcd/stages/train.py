@@ -28,6 +28,7 @@ from pcd.stages.validation import validation
 from pcd.training.loop import EpochReport, Loop
 from pcd.training.rows import TrainingRows
 from pcd.training.sources import Placed, Residency, Rows, RowSource
+from pcd.training.steps import Products
 from pcd.training.targets import RowTargets
 from pcd.views import TRUTH
 
@@ -106,6 +107,7 @@ def prepare(
 ) -> Training:
     """Everything `train` does before the first epoch: the run found or made, columns and targets in place, the head."""
     where = torch.device(resolve_device(device))
+    Products(recipe.train.precision, where)  # refuses what the device cannot do before hours of reading
     _require(cache, recipe)
     root = root or default_run_folder(cache, recipe)
     if resume and not (root / "run.json").is_file():
