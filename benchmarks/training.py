@@ -84,10 +84,10 @@ class Bench:
         self._wait()
         begin, processor = time.perf_counter(), time.process_time()
         with closing(loops[0].rows.read(0)) as found:
-            for rows, columns in found:
+            for loaded in found:
                 for loop in loops:
                     with loop.randomness():
-                        loop.learn(loop.rows.batch(rows, columns))
+                        loop.learn(loop.rows.batch(loaded))
         self._wait()
         return Time(time.perf_counter() - begin, time.process_time() - processor)
 

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pcd.cache.store import open_cache
-    from pcd.recipe import load_recipe
+    from pcd.recipe_files import load_recipe
     from pcd.stages.evaluate import evaluate
     from pcd.stages.extract import extract
     from pcd.stages.predict import Predictor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "open_cache": "pcd.cache.store",
-    "load_recipe": "pcd.recipe",
+    "load_recipe": "pcd.recipe_files",
     "evaluate": "pcd.stages.evaluate",
     "extract": "pcd.stages.extract",
     "Predictor": "pcd.stages.predict",

@@ -75,6 +75,10 @@ class SpaceError(CacheError, OSError):
     """The file system is too small for what is about to be written."""
 
 
+class StoreError(CacheError):
+    """An object store cannot be reached, refuses, or has no such bucket."""
+
+
 class WriteError(PcdError, OSError):
     """A file cannot be written: no permission, a read-only or failing disk."""
 

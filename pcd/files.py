@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pcd.errors import PcdError, SpaceError, WriteError
+from pcd.remote import AnyPath, RemotePath
 
 PARTIAL = ".partial"
 """Suffix of a file that is still being written; a crash leaves at most such files behind."""
@@ -20,8 +21,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def sync(path: Path) -> None:
-    """Make the bytes of a file, or the renames inside a folder, durable."""
+def sync(path: AnyPath) -> None:
+    """Make the bytes of a file, or the renames inside a folder, durable. Objects of a store are, once they are there."""
+    if isinstance(path, RemotePath):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +44,7 @@ def partial_of(final: Path) -> Path:
 
 
 @contextmanager
-def naming(path: Path, done: str = "written") -> Iterator[None]:
+def naming(path: AnyPath, done: str = "written") -> Iterator[None]:
     """Give errors of the system met while `path` is being written (or whatever is `done` with it) its name and a remedy.
 
     Raises `SpaceError` for a full disk, `WriteError` for any other `OSError`.
@@ -63,8 +66,13 @@ def naming(path: Path, done: str = "written") -> Iterator[None]:
         ) from error
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing, durably: not only the folder, also its name in the one above."""
+def make_folder(path: AnyPath) -> None:
+    """Make a folder and those above it that are missing, durably: not only the folder, also its name in the one above.
+
+    Object stores have no folders.
+    """
+    if isinstance(path, RemotePath):
+        return
     missing = []
     while not path.is_dir() and path != path.parent:
         missing.append(path)
@@ -74,11 +82,15 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` durably: temporary name, fsync, rename, fsync of the folder.
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Write `path` durably: temporary name, fsync, rename, fsync of the folder; an object of a store at once.
 
-    Raises `SpaceError` or `WriteError`, naming `path`, if that cannot be done; the file is then whole, as before or as now.
+    Raises `SpaceError`, `WriteError` or `StoreError`, naming `path`, if that cannot be done; the file is then whole, as before
+    or as now.
     """
+    if isinstance(path, RemotePath):
+        path.put(data)
+        return
     partial = partial_of(path)
     with naming(path):
         make_folder(path.parent)
@@ -94,7 +106,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Write UTF-8 text durably (see `write_bytes`)."""
     write_bytes(path, text.encode())
 
@@ -104,12 +116,12 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Write an indented JSON document durably; NaN and infinity are refused."""
     write_text(path, json_text(value))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: AnyPath) -> Any:
     """Read a JSON document."""
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -29,8 +29,13 @@ def locked(handle: TextIO, kind: int = ALONE) -> bool:
 def sign(handle: TextIO) -> None:
     """Say in the file that this process holds it, on which host and since when."""
     handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(' ', 'seconds')}")
+    handle.write(words_for())
     handle.flush()
+
+
+def words_for() -> str:
+    """This process, its host and the time."""
+    return f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(' ', 'seconds')}"
 
 
 def holder(handle: TextIO) -> str:

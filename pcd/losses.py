@@ -1,6 +1,6 @@
-"""The losses of PureCLIP-Depth as pure functions on tensors.
+"""The losses of PureCLIP-Depth, and those that depth heads share, as pure functions on tensors.
 
-Shapes: M patches that supervise, K depth bins, D embedding width, B maps of P patches.
+Shapes: M patches that supervise, K depth bins, D embedding width, B maps of P patches. Depths are metres.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pcd.device import without_autocast
 
 
 def alignment_loss(cosines: Tensor, bins: Tensor) -> Tensor:
@@ -54,6 +56,74 @@ def pixel_rmse(depth: Tensor, count: Tensor, mean: Tensor, var: Tensor, *, per_m
     pixels = count.sum(dim=-1)
     roots = _safe_sqrt(squares.sum(dim=-1) / pixels.clamp(min=1))
     return roots.sum() / (pixels > 0).sum().clamp(min=1)
+
+
+def silog(
+    depth: Tensor,
+    truth: Tensor,
+    weight: Tensor | None = None,
+    *,
+    variance_focus: float = 0.85,
+    scale: float = 10.0,
+    root: bool = True,
+) -> Tensor:
+    """The scale-invariant logarithmic loss over the batch: `scale * sqrt(mean(g^2) - variance_focus * mean(g)^2)`.
+
+    `g = log depth - log truth` of the cells `(M,)` that count, both above 0; means are weighted by `weight` `(M,)`, such as
+    their pixels, or all alike. Without `root` the square itself, times `scale` (Eigen's form, there with a focus of 0.5).
+    BTS and AdaBins take 0.85 and 10; that of DINOv2's probe has the unbiased variance and adds 0.001 in both logarithms.
+
+    Exact where a cell is a pixel. On patches the mean depth of a patch stands for its pixels, and the logarithm of a mean is
+    not the mean of the logarithms: it is larger, by about var / (2 mean^2), and the depth that suits it best too far by that
+    share. Returns 0 with a zero gradient if nothing counts or nothing is wrong.
+    """
+    with without_autocast(depth):
+        error = _wide(depth).log() - truth.log()
+        mean = _weighted_mean(error, weight)
+        # the same as above without a difference of large numbers
+        square = _weighted_mean((error - mean) ** 2, weight) + (1.0 - variance_focus) * mean**2
+        return scale * (_safe_sqrt(square) if root else square)
+
+
+def masked_l1(depth: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean absolute error in metres of the cells `(M,)` that count, weighted by `weight` `(M,)`, such as their pixels.
+
+    Exact where a cell is a pixel. On patches it is the error of the patch means, which is at most that of the pixels: what
+    they differ by inside a patch is left out. Returns 0 with a zero gradient if nothing counts.
+    """
+    with without_autocast(depth):
+        return _weighted_mean((_wide(depth) - truth).abs(), weight)
+
+
+def log_gradient(depth: Tensor, truth: Tensor, valid: Tensor, scales: int = 4) -> Tensor:
+    """Gradient matching (MegaDepth): how much `g = log depth - log truth` differs between neighbours, on maps `(B, h, w)`.
+
+    At each of `scales` scales every 1st, 2nd, 4th ... cell is taken in both directions; the absolute differences of g to the
+    right and below, where both cells are `valid`, are added and divided by the number of valid cells. The sum over the scales
+    for which a map is large enough. Depths that are not valid may be any number above 0, truths anything.
+    """
+    with without_autocast(depth):
+        error = torch.where(valid, _wide(depth).log() - torch.where(valid, truth, 1.0).log(), 0.0)
+        keep, total = valid.to(error), error.new_zeros(())
+        for _ in range(scales):
+            right = (error[:, :, 1:] - error[:, :, :-1]).abs() * keep[:, :, 1:] * keep[:, :, :-1]
+            below = (error[:, 1:] - error[:, :-1]).abs() * keep[:, 1:] * keep[:, :-1]
+            total = total + (right.sum() + below.sum()) / keep.sum().clamp(min=1)
+            error, keep = error[:, ::2, ::2], keep[:, ::2, ::2]
+        return total
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of `(M,)`; 0 if nothing has a weight."""
+    if weight is None:
+        return values.sum() / max(len(values), 1)
+    weight = weight.to(values)
+    return (values * weight).sum() / weight.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _safe_sqrt(value: Tensor) -> Tensor:

@@ -89,6 +89,9 @@ def patch_statistics(
     `mask` is `(B, h, w)` or None; pixels outside it do not count, but are still `present`.
     """
     patches = to_patches(stored, grid)
+    if patches.shape[-1] == 1:
+        own = None if mask is None else to_patches(mask, grid)[..., 0]
+        return _pixel_statistics(patches[..., 0], units_per_metre, rule, own)
     metres = patches.astype(np.float64) / units_per_metre
     present = patches != 0
     counts = present & rule.keeps(metres)
@@ -105,6 +108,18 @@ def patch_statistics(
         mean.astype(np.float32),
         var.astype(np.float32),
     )
+
+
+def _pixel_statistics(
+    stored: npt.NDArray[np.uint16], units_per_metre: int, rule: PixelRule, mask: Bools | None
+) -> PatchStatistics:
+    """The same of patches `(B, P)` of one pixel each, looked up for every number that a uint16 can be."""
+    metres = np.arange(1 << 16, dtype=np.float64) / units_per_metre
+    keeps = rule.keeps(metres)
+    keeps[0] = False  # no depth
+    counts = keeps[stored] if mask is None else keeps[stored] & mask
+    mean = np.where(counts, metres.astype(np.float32)[stored], np.float32(0))
+    return PatchStatistics((stored != 0).astype(np.uint16), counts.astype(np.uint16), mean, np.zeros_like(mean))
 
 
 def supervised(statistics: PatchStatistics, rule: PatchRule, pixels: int, in_mask: Floats | None = None) -> Bools:

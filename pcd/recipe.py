@@ -7,22 +7,14 @@ from another recipe. Every error names the file (or `--set`) and the key, and su
 
 from __future__ import annotations
 
-import math
-import tomllib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from pcd.errors import RecipeError, suggest
-
-RECIPE_FOLDER = Path("pipelines")
-_PACKAGE = Path(__file__).parent
-INSTALLED = _PACKAGE / "pipelines" if (_PACKAGE / "pipelines").is_dir() else _PACKAGE.parent / "pipelines"
-"""The recipes that come with pcd: inside an installed package, beside it in a checkout."""
 
 
 class Section(BaseModel):
@@ -84,6 +76,17 @@ class TargetsSection(Section):
     depth: Supervision = Supervision()
 
 
+class OneCycle(Section):
+    """`[train.onecycle]`: the shape of `decay = "onecycle"`, with the names and the meaning of torch's OneCycleLR."""
+
+    pct_start: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of the steps in which the rates rise."""
+    div_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 25.0
+    """They start at the head's rates divided by this."""
+    final_div_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
+    """They end at where they started divided by this."""
+
+
 class TrainSection(Section):
     """`[train]`: the loop around a head; what is optimised and at which rates belongs to the head.
 
@@ -98,14 +101,24 @@ class TrainSection(Section):
     """Every tile of an image each epoch, or one drawn at random per image and epoch."""
     flips: bool = False
     """Train on mirrored views as well."""
+    samples_per_scene: Annotated[int, Field(gt=0)] | None = None
+    """At most so many samples of each scene, spread evenly over it, for training with few; absent: all. A scene is what the
+    keys of its samples have before the last `/`."""
     patience: Annotated[int, Field(gt=0)] = 50
     decay_start: Annotated[int, Field(ge=0)] = 20
     decay_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    decay: Literal["plateau", "cosine"] = "plateau"
-    """When the learning rates fall to `decay_floor`: while nothing improves, from `decay_start` to `patience`; or over
-    `decay_epochs`, whatever validation says."""
+    decay: Literal["plateau", "cosine", "step", "onecycle"] = "plateau"
+    """How the learning rates change. `plateau`: they fall to `decay_floor` while nothing improves, from `decay_start` to
+    `patience`. The others do not look at validation: `cosine` falls to `decay_floor` over `decay_epochs`, `step` by
+    `decay_factor` after every `decay_step` epochs; `onecycle` changes with every step, up and then down, see `OneCycle`, over
+    `decay_epochs`. Momentum stays as it is."""
     decay_epochs: Annotated[int, Field(gt=0)] | None = None
-    """Epochs of the cosine; absent: all `epochs`. A run that goes on for more of them stays at `decay_floor`."""
+    """Epochs of `cosine` and `onecycle`; absent: all `epochs`. A run that goes on for more of them stays where they end."""
+    decay_step: Annotated[int, Field(gt=0)] | None = None
+    decay_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of `step`; absent: 0.1."""
+    onecycle: OneCycle | None = None
+    """Of `onecycle`; absent: its defaults."""
     switch_warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises to its value after every switch of phase, and at the very start. 0: none."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
@@ -123,13 +136,35 @@ class TrainSection(Section):
     """Where columns are held: on the device, in host memory, or nowhere (each batch is read from the cache). Results agree."""
 
     @model_validator(mode="after")
-    def _cosine_has_epochs(self) -> Self:
-        """Write down how long the cosine is: continued with another `epochs`, a run must not follow another curve."""
-        if self.decay == "plateau" and self.decay_epochs is not None:
-            raise PydanticCustomError("decay_epochs", 'decay_epochs belongs to decay = "cosine"')
-        if self.decay == "cosine" and self.decay_epochs is None:
-            object.__setattr__(self, "decay_epochs", self.epochs)  # the section is frozen for everybody else
+    def _decay_is_complete(self) -> Self:
+        """Refuse keys of another decay, and write down how long this one is: continued with other `epochs`, a run must not
+        follow another curve."""
+        for key, kinds in _OF_DECAY.items():
+            if getattr(self, key) is not None and self.decay not in kinds:
+                shown = " or ".join(f'"{kind}"' for kind in kinds)
+                raise PydanticCustomError(key, f"{key} belongs to decay = {shown}")
+        if self.decay == "step" and self.decay_step is None:
+            raise PydanticCustomError("decay_step", 'decay = "step" needs decay_step, the epochs from one fall to the next')
+        absent = {"decay_epochs": self.epochs, "decay_factor": 0.1, "onecycle": OneCycle()}
+        for key, value in absent.items():
+            if self.decay in _OF_DECAY[key] and getattr(self, key) is None:
+                object.__setattr__(self, key, value)  # the section is frozen for everybody else
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without the keys that are not used and that earlier versions did not know: a run's digest stays."""
+        return {key: value for key, value in handler(self).items() if value is not None or key not in _LATER}
+
+
+_OF_DECAY: dict[str, tuple[str, ...]] = {
+    "decay_epochs": ("cosine", "onecycle"),
+    "decay_step": ("step",),
+    "decay_factor": ("step",),
+    "onecycle": ("onecycle",),
+}
+"""Keys of `[train]` that belong to some values of `decay` alone."""
+_LATER = {"decay_step", "decay_factor", "onecycle", "samples_per_scene"}
 
 
 class EvaluateSection(Section):
@@ -142,13 +177,17 @@ class EvaluateSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe. `dataset`, `encoder` and `head` hold `name` and the options of the class of that name."""
+    """A whole recipe. `dataset`, `encoder` and `head` hold `name` and the options of the class of that name.
+
+    `encoders` holds further tables like `encoder`, under names of the author's choice, for a head that reads several networks.
+    """
 
     name: str
     description: str = ""
     dataset: dict[str, Any]
     views: ViewsSection = ViewsSection()
     encoder: dict[str, Any]
+    encoders: dict[str, dict[str, Any]] = {}
     head: dict[str, Any]
     targets: TargetsSection = TargetsSection()
     train: TrainSection = TrainSection()
@@ -157,6 +196,12 @@ class Recipe(Section):
     def options(self, table: Literal["dataset", "encoder", "head"]) -> dict[str, Any]:
         """The options of a named table, without its `name`."""
         return {key: value for key, value in getattr(self, table).items() if key != "name"}
+
+    def one_by_one(self) -> list[Self]:
+        """The recipe once for each of its encoders, `encoder` first; the last of them knows no others."""
+        tables = [self.encoder, *self.encoders.values()]
+        left = list(self.encoders.items())
+        return [self.model_copy(update={"encoder": table, "encoders": dict(left[at:])}) for at, table in enumerate(tables)]
 
     def as_toml(self) -> str:
         """The resolved recipe as TOML (absent values left out)."""
@@ -190,47 +235,12 @@ def _explain(model: type[BaseModel], detail: dict[str, Any], where: str) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
-    current: Any = model
+    current: type[BaseModel] | None = model
     for part in path:
-        is_table = isinstance(current, type) and issubclass(current, BaseModel)
-        field = current.model_fields.get(part) if is_table else None
-        current = field.annotation if field is not None else None
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
-
-
-def find_recipe(name: str | Path, folder: Path = RECIPE_FOLDER) -> Path:
-    """The file of a recipe given by path or by name (`nyu` is `pipelines/nyu.toml`, else the installed one).
-
-    Raises `RecipeError` with the nearest known name.
-    """
-    path = Path(name)
-    if path.suffix == ".toml" and path.is_file():
-        return path
-    for candidate in (folder, INSTALLED):
-        if (found := candidate / f"{name}.toml").is_file():
-            return found
-    if path.suffix == ".toml":
-        raise RecipeError(f"recipe {path} is not there; give a path, or the name of a file in {folder}/.")
-    raise RecipeError(f"Unknown recipe {str(name)!r}.{suggest(str(name), known_recipes(folder))}")
-
-
-def known_recipes(folder: Path = RECIPE_FOLDER) -> list[str]:
-    """Names of the recipes in `folder` and of those that came with pcd, sorted."""
-    return sorted({file.stem for candidate in (folder, INSTALLED) for file in candidate.glob("*.toml")})
-
-
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read, merge and validate a recipe; `overrides` are `key=value` with a dotted key and a TOML value.
-
-    Raises `RecipeError`. The dataset, encoder and head tables are checked by the stages that open them.
-    """
-    path = find_recipe(name)
-    table = _read(path, seen=())
-    table.setdefault("name", path.stem)
-    given = list(overrides)
-    for override in given:
-        _override(table, override)
-    return parse_recipe(table, f"{path}{''.join(f' --set {override}' for override in given)}")
+        field = current.model_fields.get(part) if current is not None else None
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))  # a table, or one that may be absent
+        current = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return [] if current is None else list(current.model_fields)
 
 
 def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
@@ -239,54 +249,7 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     for part in ("dataset", "encoder", "head"):
         if not isinstance(getattr(recipe, part).get("name"), str):
             raise RecipeError(f"{where}: key '{part}.name' is missing; it says which {part} is meant.")
+    for label, further in recipe.encoders.items():
+        if not isinstance(further.get("name"), str):
+            raise RecipeError(f"{where}: key 'encoders.{label}.name' is missing; it says which encoder is meant.")
     return recipe
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
-        raise RecipeError(f"{path}: 'extends' goes round in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
-    base = table.pop("extends", None)
-    if base is None:
-        return table
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends = {base!r}: give the name of another recipe.")
-    merged = _read(find_recipe(base, path.parent), (*seen, path))
-    merged.pop("name", None)
-    return merge(merged, table)
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`; tables are merged key by key, a table of another `name` replaces the old one."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name"):
-            result[key] = merge(old, value)
-        else:
-            result[key] = value
-    return result
-
-
-def _override(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"--set {override}: expected KEY=VALUE, for example --set head.dropout=0.1")
-    target = table
-    for part in parts[:-1]:
-        target[part] = dict(target[part]) if isinstance(target.get(part), Mapping) else {}
-        target = target[part]
-    target[parts[-1]] = _value(text.strip())
-
-
-def _value(text: str) -> Any:
-    """A TOML value; anything that is none is taken as a bare string, so quotes can be left to the shell."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if not (isinstance(value, float) and math.isnan(value)) else text

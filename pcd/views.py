@@ -9,6 +9,7 @@ canvas, so merging comes first and un-flipping second on the way back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,6 +175,24 @@ def to_views(canvas: npt.NDArray[Any], plan: ViewPlan) -> npt.NDArray[Any]:
     if not plan.flips:
         return tiles
     return np.concatenate([tiles, split_tiles(flip(canvas), plan.grid)])
+
+
+def view_cameras(camera: Sequence[float], height: int, width: int, plan: ViewPlan) -> FloatArray:
+    """Pinhole cameras `(views, 4)` of all views: fx, fy, cx, cy in pixels of the view, from those of the frame.
+
+    Centres of pixels have whole coordinates. A mirrored view is what a camera sees whose x axis points the other way.
+    """
+    fx, fy, cx, cy = camera
+    top, bottom, left, right = crop_region(plan, height, width)
+    x, y = plan.canvas[1] / (right - left), plan.canvas[0] / (bottom - top)
+    cx, cy = (cx - left + 0.5) * x - 0.5, (cy - top + 0.5) * y - 0.5
+    cameras = []
+    for mirrored in range(2 if plan.flips else 1):
+        across = plan.canvas[1] - 1 - cx if mirrored else cx
+        for tile in range(plan.tiles):
+            row, column = divmod(tile, plan.grid[1])
+            cameras.append((fx * x, fy * y, across - column * plan.view_size[1], cy - row * plan.view_size[0]))
+    return np.array(cameras, dtype=np.float32)
 
 
 def from_views(views: npt.NDArray[Any], plan: ViewPlan) -> npt.NDArray[Any]:

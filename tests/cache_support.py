@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pcd.remote import AnyPath
 from pcd.stages import plan
 from pcd.stages.extract import extract
 from pcd.stages.origin import Place
@@ -50,3 +51,9 @@ def spoil(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[7] ^= 4
     path.write_bytes(data)
+
+
+def local(path: AnyPath) -> Path:
+    """A path on this disk, as one."""
+    assert isinstance(path, Path)
+    return path

@@ -34,12 +34,15 @@ def clip_weights(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True, scope="session")
 def toys() -> None:
-    """Register the toy dataset and encoder."""
+    """Register the toy dataset, encoders and head."""
     from pcd.datasets import registry as datasets
     from pcd.encoders import registry as encoders
+    from pcd.heads import registry as heads
 
     datasets.add("toy", "tests.toy:ToyDataset")
     encoders.add("toy", "tests.toy:ToyEncoder")
+    encoders.add("toy-maps", "tests.toy:MapEncoder")
+    heads.add("toy-fine", "tests.toy:FineHead")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcd.cache import Cache
-from pcd.recipe import load_recipe
+from pcd.recipe_files import load_recipe
 from pcd.stages.extract import extract
 from pcd.stages.recipes import extraction_recipe
 from pcd.stages.runs import Run

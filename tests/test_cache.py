@@ -20,6 +20,7 @@ from pcd.errors import CacheError, CorruptError, IncompleteError
 from pcd.files import partial_of
 from pcd.fingerprint import digest
 from pcd.views import ViewPlan
+from tests.cache_support import local
 
 TOKENS = ColumnSpec("clip/patch", (3, 5), "float16", ("patch", "channel"), "tokens")
 MAP = ColumnSpec("depth/canvas", (4, 6), "uint16", ("y", "x"), "depth", compress=True, units_per_metre=256)
@@ -135,9 +136,9 @@ def test_an_error_on_the_way_leaves_neither_shard_nor_partial_file(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt), RangeWriter(table, ["clip/patch"], 0, 2) as writer:
         writer.append({"clip/patch": rows["clip/patch"][:3]})
         path = chunk_path(cache.root, "train", TOKENS, 0)
-        assert partial_of(path).exists()
+        assert partial_of(local(path)).exists()
         raise KeyboardInterrupt
-    assert not partial_of(path).exists()
+    assert not partial_of(local(path)).exists()
     assert not path.exists()
     assert table.column("clip/patch").missing() == [(0, 28)]
 
@@ -149,8 +150,8 @@ def test_interrupted_and_continued_is_byte_identical(tmp_path: Path, full: tuple
     with RangeWriter(parts.table("train"), rows, 2, 4) as writer:
         writer.append({"clip/patch": rows["clip/patch"][8:11]})
     fill(parts, rows, 2, SAMPLES)
-    files = {p.relative_to(whole.root): p.read_bytes() for p in whole.root.rglob("*") if p.is_file()}
-    assert files == {p.relative_to(parts.root): p.read_bytes() for p in parts.root.rglob("*") if p.is_file()}
+    files = {p.relative_to(local(whole.root)): p.read_bytes() for p in local(whole.root).rglob("*") if p.is_file()}
+    assert files == {p.relative_to(local(parts.root)): p.read_bytes() for p in local(parts.root).rglob("*") if p.is_file()}
 
 
 def test_committed_shards_are_never_written_again(full: tuple[Cache, dict[str, np.ndarray]]) -> None:
@@ -167,7 +168,7 @@ def test_every_flipped_bit_of_a_row_is_caught(full: tuple[Cache, dict[str, np.nd
     for position in range(0, len(good), 3):
         bad = bytearray(good)
         bad[position] ^= 1 << (position % 8)
-        path.write_bytes(bad)
+        path.write_bytes(bytes(bad))
         cache.close()
         with pytest.raises(CorruptError, match=column.name):
             cache.table("train").column(column.name).read(range(8))
@@ -188,7 +189,7 @@ def test_verify_names_what_is_wrong(full: tuple[Cache, dict[str, np.ndarray]]) -
     third.write_bytes(third.read_bytes()[:-1])
     chunk_path(cache.root, "train", MAP, 0).unlink()
     commits.path(cache.root, "train", "sample/ok", 3).unlink()
-    (cache.root / "train" / "samples.json").write_text(json.dumps(KEYS[::-1]))
+    (local(cache.root) / "train" / "samples.json").write_text(json.dumps(KEYS[::-1]))
     faults = {(f.column, f.shard): f for f in verify_cache(Cache.open(cache.root))}
     assert set(faults) == {
         ("samples", None),
@@ -222,9 +223,9 @@ def test_foreign_records_are_caught(full: tuple[Cache, dict[str, np.ndarray]]) -
     record = commits.path(cache.root, "train", "clip/patch", 0)
     value = json.loads(record.read_text())
     for field, other in (("start", 1), ("fingerprint", "0" * 64), ("digest", "1" * 64), ("shard", 1)):
-        record.write_text(json.dumps({**value, field: other}))
+        local(record).write_text(json.dumps({**value, field: other}))
         assert [f.shard for f in verify_cache(cache)] == [0], field
-    record.write_text("{")
+    local(record).write_text("{")
     assert "damaged" in verify_cache(cache)[0].detail
     del value["digest"]
     honest = commits.Commit(**value)

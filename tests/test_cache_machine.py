@@ -31,7 +31,7 @@ from pcd.stages import plan
 from pcd.stages.extract import extract
 from pcd.stages.repair import repair
 from pcd.stages.verify import verify
-from tests.cache_support import HERE
+from tests.cache_support import HERE, local
 from tests.failpoints import KILLED, begin_child, end_of, in_memory, watched
 from tests.test_corruption import Truth, truth
 from tests.test_extract import toy_recipe
@@ -103,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def file(self, place: Place) -> Path:
         with Cache.open(self.root) as cache:
-            return chunk_path(self.root, place[0], cache.manifest.columns[place[1]].spec, place[2])
+            return local(chunk_path(self.root, place[0], cache.manifest.columns[place[1]].spec, place[2]))
 
     def on_disk(self) -> tuple[set[str], set[Place]]:
         """Columns by the manifest, shards by the names of the records."""

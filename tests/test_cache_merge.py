@@ -18,7 +18,7 @@ from pcd.cache.merge import merge_caches
 from pcd.cache.verify import verify_cache
 from pcd.errors import CacheError, FingerprintError, UsageError
 from pcd.stages.extract import extract
-from tests.cache_support import FAR, SHARD, SMALL, cache, pcd, small_shards, spoil, whole
+from tests.cache_support import FAR, SHARD, SMALL, cache, local, pcd, small_shards, spoil, whole
 from tests.test_cli import Command
 from tests.test_extract import files, toy_recipe
 
@@ -143,7 +143,7 @@ def test_other_samples_views_and_columns_are_refused_by_field(
 
 def test_a_damaged_shard_is_taken_from_another_source_or_reported(whole: Path, cache: Path, tmp_path: Path) -> None:
     spoil(cache / SHARD)
-    commits.path(cache, "test", "clip/cls", 0).write_text("{}")
+    local(commits.path(cache, "test", "clip/cls", 0)).write_text("{}")
     done = merge(tmp_path / "both", cache, whole)
     assert (done.damaged, done.absent) == ([], 0)
     assert files(tmp_path / "both") == files(whole)

@@ -28,7 +28,7 @@ from pcd.stages.evaluate import evaluate
 from pcd.stages.repair import repair
 from pcd.stages.runs import open_run
 from pcd.stages.train import train
-from tests.cache_support import HERE, small_shards
+from tests.cache_support import HERE, local, small_shards
 from tests.test_cli import TOY, Command, pcd
 from tests.test_extract import files, run, toy_recipe
 from tests.test_layers import layered, layered_toy
@@ -187,11 +187,11 @@ def test_the_form_is_kept_and_another_one_refused(
     tmp_path: Path, both: tuple[Cache, Cache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for cache, other, own in ((both[0], "int8", "float16"), (both[1], "float16", "int8")):
-        before = files(cache.root)
+        before = files(local(cache.root))
         with pytest.raises(FingerprintError, match=f"stores its tokens as {own}, and {other} was asked.*--tokens {own}"):
-            run(cache.root, RECIPE, tokens=other)
-        assert run(cache.root, RECIPE, tokens=own).encoded == run(cache.root, RECIPE).encoded == 0
-        assert files(cache.root) == before
+            run(local(cache.root), RECIPE, tokens=other)
+        assert run(local(cache.root), RECIPE, tokens=own).encoded == run(local(cache.root), RECIPE).encoded == 0
+        assert files(local(cache.root)) == before
     original, stop = ToyEncoder.encode, ToyEncoder.calls + 3
 
     def interrupted(self: ToyEncoder, views: Any) -> Any:
@@ -205,7 +205,7 @@ def test_the_form_is_kept_and_another_one_refused(
     with pytest.raises(IncompleteError):
         Cache.open(tmp_path / "parts").table("train").column(PATCH).read([43])
     run(tmp_path / "parts", RECIPE, batch_views=4)
-    assert files(tmp_path / "parts") == files(both[1].root)
+    assert files(tmp_path / "parts") == files(local(both[1].root))
 
 
 def test_layers_that_are_added_have_the_form_of_the_cache(tmp_path: Path) -> None:

@@ -228,12 +228,12 @@ def test_unknown_names_and_options(tmp_path: Path) -> None:
 
 
 def test_texts_are_embedded_once_beside_the_columns(tmp_path: Path) -> None:
-    from pcd.stages.texts import encoder_digest
+    from pcd.stages.texts import text_digest
 
     coarse = toy_recipe(head={"name": "pureclip", "min_depth": 0.0, "max_depth": 4.0, "bins": 2})
     phrases = ("1.00 meter", "3.00 meter")
     cache = run(tmp_path, also=[coarse]).cache
-    digest = encoder_digest(cache)
+    digest = text_digest(cache, list(cache.manifest.columns))
     assert digest is not None
     expected = ToyEncoder("", ToyEncoder.Options(), (16, 16), "cpu").embed_text(phrases)
     np.testing.assert_array_equal(cache.text(digest, phrases), expected.numpy())

@@ -13,6 +13,7 @@ from pcd.datasets import Split
 from pcd.errors import DatasetError
 from pcd.stages.extract import extract
 from pcd.stages.frames import located, open_frames
+from tests.cache_support import local
 from tests.test_extract import toy_recipe
 from tests.toy import ToyDataset
 
@@ -31,7 +32,7 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     cache = extract(toy_recipe(), tmp_path / "cache", device="cpu").cache
     entry = json.loads((cache.root / PROVENANCE).read_text())
     entry["dataset"]["factor"] = 2.0
-    (cache.root / PROVENANCE).write_text(json.dumps(entry) + "\n")
+    (local(cache.root) / PROVENANCE).write_text(json.dumps(entry) + "\n")
     with pytest.raises(DatasetError, match="are not those"):
         open_frames(cache)
 

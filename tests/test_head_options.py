@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pcd.encoders.base import TextTower
 from pcd.errors import RecipeError
 from pcd.heads import head_options
 from pcd.heads.base import Batch, PatchTargets
@@ -290,6 +291,9 @@ class Texts:
 
     def text(self, phrases: Sequence[str]) -> Tensor:
         return torch.eye(len(phrases), D) + 0.1 * torch.arange(len(phrases))[:, None]
+
+    def text_tower(self) -> TextTower:
+        raise AssertionError("this head learns no words")
 
     def batches(self) -> Iterator[Batch]:
         raise AssertionError("a table of texts looks at no rows")

@@ -20,7 +20,8 @@ from pcd.errors import CacheError, RunError, UsageError
 from pcd.evaluation.pixels import combine_views
 from pcd.export.graph import DepthNetwork
 from pcd.fingerprint import digest
-from pcd.recipe import Recipe, load_recipe
+from pcd.recipe import Recipe
+from pcd.recipe_files import load_recipe
 from pcd.stages.export_bundle import export_bundle
 from pcd.stages.extract import Extraction, extract
 from pcd.stages.predict import Predictor
@@ -28,7 +29,7 @@ from pcd.stages.run_encoder import load_exportable
 from pcd.stages.runs import Run, open_run
 from pcd.stages.sweep import sweep
 from pcd.stages.sweep_plan import plan_sweep
-from pcd.stages.texts import encoder_digest
+from pcd.stages.texts import text_digest
 from pcd.stages.train import train
 from tests.export_support import SHORT, as_input, picture, train_tiny
 from tests.test_extract import files, toy_recipe
@@ -97,7 +98,7 @@ def test_final_tokens_do_not_depend_on_what_else_is_asked_for(weights: Path, pre
 def test_blocks_that_are_not_there(weights: Path) -> None:
     with pytest.raises(UsageError, match=r"column clip/patch@4: pcd-tiny has transformer blocks 1 to 3\."):
         with_columns(tiny(weights), [f"{PATCH}@4"])
-    for name in ("clip/patch@0", "clip/patch@01", "clip/cls@1", "x/clip/patch@1", "clip/patch@1/x"):
+    for name in ("clip/patch@0", "clip/patch@01", "clip/cls@0", "x/clip/patch@1", "clip/patch@1/x"):
         assert not tiny(weights).offers(name)
     toy = create_encoder("toy:toy", {}, (16, 16), "cpu")
     assert with_columns(toy, [f"{PATCH}@1"]) is toy
@@ -232,7 +233,9 @@ def test_a_run_with_layers_predicts_what_its_cache_gives(trained: tuple[Run, Cac
         depth = combine_views(head.depth(columns).reshape(2, table.views, *run.grid), run.plan, tta=True)
     torch.testing.assert_close(found, depth, rtol=1e-4, atol=1e-4)
     other = open_run(run.root)
-    other.info["columns"]["clip/other"] = other.info["columns"][PATCH]
+    for part in ("columns", "shapes"):
+        other.info[part]["clip/other"] = other.info[part]["clip/cls"]
+    other.recipe.head["cls_column"] = "clip/other"
     with pytest.raises(RunError, match=r"reads clip/other, which openclip:pcd-demo does not make of an image"):
         Predictor(other, device="cpu")
 
@@ -260,4 +263,4 @@ def test_weights_in_a_bundle_make_the_layers(weights: Path, tmp_path: Path) -> N
     plain = load_recipe("folder", SHORT).model_copy(update={"dataset": {"name": "toy"}, "encoder": run.recipe.encoder})
     without = train(plain, cache, tmp_path / "without", device="cpu")  # the same cache serves heads that read fewer columns
     assert list(without.info["columns"]) == [PATCH, "clip/cls"]
-    assert encoder_digest(cache) == digest(tiny(weights, (32, 48)).fingerprint())
+    assert text_digest(cache, list(cache.manifest.columns)) == digest(tiny(weights, (32, 48)).fingerprint())

@@ -44,7 +44,7 @@ def create(model: str, weights: str | Path = "random", size: tuple[int, int] = (
     [
         ("ViT-L-14-366", r"Unknown open_clip model 'ViT-L-14-366'\. Did you mean 'ViT-L-14-336'\? Known: .*ViT-B-16-quickgelu"),
         ("hf-hub:org/model", "Unknown open_clip model 'hf-hub:org'"),
-        ("RN50", r"'RN50' cannot be used: it has a ResNet image tower\. .* e\.g\. ViT-B-16-quickgelu"),
+        ("convnext_base", r"'convnext_base' cannot be used: it has a timm image tower \(convnext_base\)\. .* e\.g\. ViT-B-16"),
         ("ViT-B-16-SigLIP", r"a timm image tower \(vit_base_patch16_siglip_224\)"),
         ("coca_ViT-L-14", r"a captioning decoder \(CoCa\)"),
         ("ViT-L-14-CLIPA", "pooling 'avg' instead of a CLS token"),
@@ -72,7 +72,7 @@ def test_what_is_called_usable_is():
         architecture = find_architecture(name)
         visual = {**open_clip.get_model_config(name)["vision_cfg"]}
         assert architecture.image_size == (visual["image_size"],) * 2
-        assert architecture.patch == (visual["patch_size"],) * 2
+        assert architecture.patch == (visual["patch_size"] or 32,) * 2  # ResNets have none: one location is 32 pixels
     assert find_tag(find_architecture("ViT-L-14-336-quickgelu"), "openai")["hf_hub"].endswith("openai/")
 
 

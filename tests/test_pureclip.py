@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pcd.encoders.base import TextTower
 from pcd.errors import RecipeError, TrainingError
 from pcd.heads.base import Batch, PatchTargets
 from pcd.heads.bins import Distribution
@@ -178,6 +179,9 @@ class Context:
     def text(self, phrases: Sequence[str]) -> Tensor:
         self.asked = list(phrases)
         return torch.arange(len(phrases) * D, dtype=torch.float32).reshape(-1, D) + 1
+
+    def text_tower(self) -> TextTower:
+        raise AssertionError("this head learns no words")
 
     def batches(self) -> Iterator[Batch]:
         yield Batch(self._columns, {"embedding": make_targets(MEANS, self._valid)})

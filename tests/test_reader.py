@@ -33,6 +33,7 @@ from pcd.columns import ColumnSpec
 from pcd.errors import CorruptError, IncompleteError
 from pcd.fingerprint import digest
 from pcd.views import ViewPlan
+from tests.cache_support import local
 
 TOKENS = ColumnSpec("noise/rows", (60, 80), "float16", ("patch", "channel"), "rows that are read one by one", axis="sample")
 SMALL = ColumnSpec("noise/rows", (7,), "uint16", ("patch",), "rows that are read together", axis="sample")
@@ -80,7 +81,7 @@ def open_column(cache: Cache, *, verify: bool = True) -> Column:
 
 def flip(cache: Cache, row: int, shard: int = 8) -> None:
     """Change one bit of an uncompressed or compressed row, found by zarr's own description of the index."""
-    path = chunk_path(cache.root, "train", cache.manifest.columns[TOKENS.name].spec, row // shard)
+    path = local(chunk_path(cache.root, "train", cache.manifest.columns[TOKENS.name].spec, row // shard))
     data = bytearray(path.read_bytes())
     entries = np.frombuffer(data[-16 * shard - 4 : -4], dtype="<u8").reshape(shard, 2)
     data[int(entries[row % shard, 0]) + 3] ^= 4
@@ -129,7 +130,7 @@ def test_every_reader_reads_the_same_bits(
         ours = open_column(cache, verify=verify).read(asked)
         assert (ours.shape, ours.dtype) == ((len(asked), *spec.shape), np.dtype(spec.dtype))
         assert ours.tobytes() == values[asked].tobytes()
-        for reader, theirs in read_elsewhere(cache.root / "train" / spec.name, asked).items():
+        for reader, theirs in read_elsewhere(local(cache.root) / "train" / spec.name, asked).items():
             assert theirs.dtype == ours.dtype, reader
             assert theirs.tobytes() == ours.tobytes(), reader
 
@@ -183,7 +184,7 @@ def test_short_and_missing_files_are_damage(tmp_path: Path, spec: ColumnSpec, ve
         opened = open_column(cache, verify=verify)
         whole = path.read_bytes()
         assert opened.read(range(24)).tobytes() == values.tobytes()  # the index of every shard is known now
-        os.truncate(path, 2 * spec.row_bytes if not spec.compress else 30)
+        os.truncate(local(path), 2 * spec.row_bytes if not spec.compress else 30)
         with pytest.raises(CorruptError, match=rf"row {8 if spec.compress else 9}: .* is damaged \(cut short"):
             opened.read(range(24))
         with pytest.raises(CorruptError, match=r"row 8: .* the shard index is damaged"):

@@ -9,7 +9,7 @@ import pytest
 
 from pcd.errors import RecipeError
 from pcd.heads import head_options
-from pcd.recipe import find_recipe, load_recipe, merge
+from pcd.recipe_files import find_recipe, load_recipe, merge
 
 SHIPPED = sorted(path.stem for path in Path("pipelines").glob("*.toml"))
 

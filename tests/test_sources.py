@@ -106,9 +106,9 @@ def test_reading_ahead_changes_no_batch_and_leaves_no_thread(cache: Cache) -> No
     running = set(threading.enumerate())
     for depth in (1, 2, 50):
         found = list(early.read(2, Placed(source, "", ahead=depth)))
-        for (rows, columns), (own_rows, own) in zip(plain.read(2), found, strict=True):
-            np.testing.assert_array_equal(rows, own_rows)
-            assert all(torch.equal(own[name], columns[name]) for name in COLUMNS)
+        for loaded, own in zip(plain.read(2), found, strict=True):
+            np.testing.assert_array_equal(loaded.rows, own.rows)
+            assert all(torch.equal(own.columns[name], loaded.columns[name]) for name in COLUMNS)
     batches = early.read(0, Placed(source, "", ahead=2))
     next(batches)
     batches.close()

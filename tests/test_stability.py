@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pcd.cache import Cache
 from pcd.errors import RecipeError, RunError
 from pcd.heads.base import Phase
-from pcd.recipe import Recipe, load_recipe, parse_recipe
+from pcd.recipe import Recipe, parse_recipe
+from pcd.recipe_files import load_recipe
 from pcd.stages.runs import open_run
 from pcd.stages.train import train
 from pcd.training import checkpoints
@@ -312,9 +313,9 @@ def test_a_run_is_scored_with_its_averaged_weights(cache: Cache, tmp_path: Path)
         ("train.ema=1.0", "less than 1"),
         ("train.grad_clip=-1.0", "greater than or equal to 0"),
         ("train.switch_warmup=1.5", "integer"),
-        ("train.decay=linear", "'plateau' or 'cosine'"),
+        ("train.decay=linear", "'plateau', 'cosine', 'step' or 'onecycle'"),
         ("train.joint=1", "boolean"),
-        ("train.decay_epochs=3", 'decay_epochs belongs to decay = "cosine"'),
+        ("train.decay_epochs=3", 'decay_epochs belongs to decay = "cosine" or "onecycle"'),
     ],
 )
 def test_impossible_values_are_refused(override: str, words: str) -> None:

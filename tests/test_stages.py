@@ -13,7 +13,7 @@ import pytest
 
 from pcd.cache import Cache
 from pcd.errors import FingerprintError, RunError, UsageError
-from pcd.recipe import load_recipe
+from pcd.recipe_files import load_recipe
 from pcd.stages.demo import HEAD, MEAN, SHUFFLED, demo, mean_depth
 from pcd.stages.predict import Predictor
 from pcd.stages.runs import open_run

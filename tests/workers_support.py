@@ -15,6 +15,7 @@ import pytest
 
 from pcd.datasets import Sample, Split, registry
 from pcd.recipe import Recipe
+from pcd.remote import AnyPath
 from pcd.stages import plan
 from pcd.stages.extract import Extraction, extract
 from pcd.stages.recipes import extraction_recipe
@@ -87,7 +88,7 @@ def troubled(**options: Any) -> Recipe:
     return extraction_recipe("troubled", None, [*sets, *RANGE], encoder="toy:toy", weights="random")
 
 
-def command(root: Path, *args: str, **options: Any) -> list[str]:
+def command(root: AnyPath, *args: str, **options: Any) -> list[str]:
     """The arguments of an extraction of troubled frames into folder `root`."""
     sets = [f"--set=dataset.{key}={_toml(value)}" for key, value in options.items()] + [f"--set={item}" for item in RANGE]
     start = ["extract", "--dataset", "troubled", "--encoder", "toy:toy", "--weights", "random", "--device", "cpu"]
@@ -98,7 +99,7 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
-def run(root: Path, *, work: dict[str, Any] | None = None, **options: Any) -> Extraction:
+def run(root: AnyPath, *, work: dict[str, Any] | None = None, **options: Any) -> Extraction:
     """Extract in this process, or as `work` says; `options` are those of the dataset."""
     return extract(troubled(**options), root, device="cpu", **(work or {}))
 

@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from pcd.cache import commits, compact
 from pcd.cache.manifest import ColumnEntry
+from pcd.cache.objects import RemoteShards, zarr_array
 from pcd.cache.parallel import share
 from pcd.cache.shards import ShardReader
 from pcd.columns import ColumnSpec
 from pcd.errors import CorruptError, IncompleteError
+from pcd.remote import AnyPath, RemotePath
 
 if TYPE_CHECKING:
     import dask.array
@@ -46,7 +48,7 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)  # the thread that held it does not exist in a forked child
 
 
-def chunk_path(root: Path, table: str, spec: ColumnSpec, shard: int) -> Path:
+def chunk_path(root: AnyPath, table: str, spec: ColumnSpec, shard: int) -> AnyPath:
     """The file of a shard: Zarr's default chunk key under the array's folder."""
     return root.joinpath(table, spec.name, "c", str(shard), *("0" for _ in spec.shape))
 
@@ -57,10 +59,13 @@ class Column:
     `entry` and `spec` describe what is read, `stored` the array on disk. They differ for a column in compact form, whose rows
     are decoded on the way (see `pcd.cache.compact`).
 
-    Several threads may read one column at once; a column may also be used after a fork, or be pickled, which opens it anew.
+    Several threads may read one column at once; a column may also be pickled, which opens it anew, and one that is no object
+    store's be used after a fork.
     """
 
-    def __init__(self, root: Path, table: str, entry: ColumnEntry, rows: int, shard_rows: int, *, verify: bool = True) -> None:
+    def __init__(
+        self, root: AnyPath, table: str, entry: ColumnEntry, rows: int, shard_rows: int, *, verify: bool = True
+    ) -> None:
         self.root = root
         self.table = table
         self.entry = compact.as_read(entry)
@@ -75,9 +80,18 @@ class Column:
         self._committed = commits.committed(root, table, entry.spec.name)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._indexes: dict[int, npt.NDArray[np.uint64]] = {}
+        self._remote = self._shards_of(root) if isinstance(root, RemotePath) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Column, verify=self._verify), (self.root, self.table, self._listed, self.rows, self.shard_rows)
+
+    def _shards_of(self, root: RemotePath) -> RemoteShards:
+        def path_of(shard: int) -> RemotePath:
+            path = chunk_path(root, self.table, self.stored, shard)
+            assert isinstance(path, RemotePath)
+            return path
+
+        return RemoteShards(path_of, self.stored, self.shard_rows, verify=self._verify)
 
     @property
     def shards(self) -> int:
@@ -126,6 +140,9 @@ class Column:
         if out is None:
             out = np.empty((len(numbers), *self.spec.shape), dtype=self._dtype)
         target = self._bytes_of(out, len(numbers))
+        if self._remote is not None:
+            self._fetch(self._remote, numbers, target)
+            return out
         runs = self._runs(numbers)
         size = target.nbytes * (ZSTD_COST if self.spec.compress else DECODE_COST if self._decoder else 1)
         share(partial(self._read_run, numbers, target, runs), len(runs) - 1, size)
@@ -166,9 +183,9 @@ class Column:
 
         self.require()
         blocks = (self.shard_rows, *self.stored.shape)
-        array: dask.array.Array = dask.array.from_zarr(  # type: ignore[no-untyped-call]
-            str(self.root / self.table / self.spec.name), chunks=blocks
-        )
+        where = self.root / self.table / self.spec.name
+        stored = zarr_array(where) if isinstance(where, RemotePath) else str(where)
+        array: dask.array.Array = dask.array.from_zarr(stored, chunks=blocks)  # type: ignore[no-untyped-call]
         if self._decoder is None:
             return array
         chunks = (array.chunks[0], *((size,) for size in self.spec.shape))
@@ -176,6 +193,19 @@ class Column:
             compact.decode, array, dtype=self._dtype, chunks=chunks
         )
         return tokens
+
+    def _fetch(self, shards: RemoteShards, numbers: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
+        """All rows from an object store."""
+
+        def put(place: int, stored: npt.NDArray[np.uint8]) -> None:
+            if self._decoder is None:
+                out[place] = stored
+            else:
+                self._decoder.buffer[:] = stored
+                self._decoder.decode(out[place].view(np.float16).reshape(self.spec.shape))
+
+        if (bad := shards.read(numbers, put)) is not None:
+            raise self._corrupt(int(numbers[bad[0]]), bad[1]) from None
 
     def _read_run(self, numbers: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], runs: Sequence[int], run: int) -> None:
         begin, end = runs[run], runs[run + 1]
@@ -200,10 +230,13 @@ class Column:
                 reader.read(place, self._decoder.buffer)
                 self._decoder.decode(out.view(np.float16).reshape(self.spec.shape))
         except CorruptError as error:
-            raise CorruptError(
-                f"column {self.spec.name}, table {self.table}, row {row}: {error} "
-                f"`pcd cache verify {self.root} --repair` writes the bad shards anew."
-            ) from None
+            raise self._corrupt(row, error) from None
+
+    def _corrupt(self, row: int, error: CorruptError) -> CorruptError:
+        return CorruptError(
+            f"column {self.spec.name}, table {self.table}, row {row}: {error} "
+            f"`pcd cache verify {self.root} --repair` writes the bad shards anew."
+        )
 
     def _reader(self, shard: int) -> ShardReader:
         with _lock:
@@ -211,6 +244,7 @@ class Column:
                 self._open.move_to_end(shard)
                 return self._open[shard]
         path = chunk_path(self.root, self.table, self.spec, shard)
+        assert isinstance(path, Path)
         try:
             reader = ShardReader(path, self.stored, self.shard_rows, verify=self._verify, index=self._indexes.get(shard))
         except FileNotFoundError:
@@ -235,3 +269,5 @@ class Column:
         with _lock:
             self._open.clear()
             self._indexes.clear()
+        if self._remote is not None:
+            self._remote.forget()

@@ -6,14 +6,16 @@ fingerprint and content, so that a shard that was swapped or comes from elsewher
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from pcd.errors import CorruptError
-from pcd.files import read_json, sync, write_json
+from pcd.cache import lease
+from pcd.errors import CacheError, CorruptError
+from pcd.files import json_text, sync, write_json
 from pcd.fingerprint import digest
+from pcd.remote import AnyPath, RemotePath
 
 FOLDER = "commits"
 
@@ -37,26 +39,45 @@ class Commit:
         return digest(asdict(self))
 
 
-def folder(root: Path, table: str, column: str) -> Path:
+def folder(root: AnyPath, table: str, column: str) -> AnyPath:
     """Where the commit records of a column lie."""
     return root / FOLDER / table / column
 
 
-def path(root: Path, table: str, column: str, shard: int) -> Path:
+def path(root: AnyPath, table: str, column: str, shard: int) -> AnyPath:
     """The record of one shard."""
     return folder(root, table, column) / f"{shard:06d}.json"
 
 
-def write(root: Path, commit: Commit) -> None:
-    """Write durably."""
-    write_json(path(root, commit.table, commit.column, commit.shard), {**asdict(commit), "digest": commit.digest})
+def write(root: AnyPath, commit: Commit) -> None:
+    """Write durably.
+
+    On an object store raises `CacheError` if this process no longer holds the cache, or there is another record already.
+    """
+    file, value = path(root, commit.table, commit.column, commit.shard), {**asdict(commit), "digest": commit.digest}
+    if not isinstance(file, RemotePath):
+        write_json(file, value)
+        return
+    assert isinstance(root, RemotePath)
+    lease.confirm(root)
+    data = json_text(value).encode()
+    try:
+        file.put_new(data)
+    except FileExistsError:
+        if file.read_bytes() != data:  # the same one is ours: an answer got lost, and the request was repeated
+            raise CacheError(f"{file}: somebody else has committed this shard meanwhile, with other bytes.") from None
 
 
-def read(root: Path, table: str, column: str, shard: int) -> Commit:
+def read(root: AnyPath, table: str, column: str, shard: int) -> Commit:
     """Read and check one record. Raises `CorruptError` if it is damaged or speaks of another shard."""
     file = path(root, table, column, shard)
+    return parsed(file, file.read_bytes(), table, column, shard)
+
+
+def parsed(file: AnyPath, data: bytes, table: str, column: str, shard: int) -> Commit:
+    """The record in `file`, which holds these bytes. Raises `CorruptError` if it is damaged or speaks of another shard."""
     try:
-        value = read_json(file)
+        value = json.loads(data.decode())
         claimed = value.pop("digest")
         commit = Commit(**value)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -66,16 +87,20 @@ def read(root: Path, table: str, column: str, shard: int) -> Commit:
     return commit
 
 
-def committed(root: Path, table: str, column: str) -> set[int]:
+def committed(root: AnyPath, table: str, column: str) -> set[int]:
     """Shards that have a record, from the file names alone."""
     where = folder(root, table, column)
-    if not where.is_dir():
-        return set()
-    with os.scandir(where) as entries:
-        return {int(entry.name[:-5]) for entry in entries if entry.name.endswith(".json") and entry.name[:-5].isdigit()}
+    if isinstance(where, RemotePath):
+        names = [path.name for path in where.iterdir()]
+    elif where.is_dir():
+        with os.scandir(where) as entries:
+            names = [entry.name for entry in entries]
+    else:
+        names = []
+    return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
 
 
-def forget_strangers(root: Path, table: str, column: str, belongs: Callable[[Commit], bool]) -> None:
+def forget_strangers(root: AnyPath, table: str, column: str, belongs: Callable[[Commit], bool]) -> None:
     """Remove, durably, the records of a column that are damaged or do not belong to it.
 
     An interrupted `gc` may leave records of a column dropped: they must not vouch for another one of the same name.

@@ -10,11 +10,10 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from pcd.cache import commits
 from pcd.cache.column import Column, chunk_path
@@ -22,13 +21,22 @@ from pcd.cache.gc import ALWAYS
 from pcd.cache.leftovers import leftovers
 from pcd.cache.lock import writing
 from pcd.cache.manifest import MANIFEST, Manifest
+from pcd.cache.objects import each
 from pcd.cache.provenance import PROVENANCE
+from pcd.cache.shards import upload
 from pcd.cache.store import Cache
 from pcd.cache.texts import read_text, text_folder, text_folders
 from pcd.errors import CacheError, CorruptError, SpaceError, UsageError, suggest
 from pcd.files import make_folder, naming, partial_of, publish, sync, write_bytes
 from pcd.fingerprint import differences
+from pcd.overlap import ahead
+from pcd.remote import AnyPath, RemotePath
 
+A = TypeVar("A")
+B = TypeVar("B")
+
+SIDE_BY_SIDE = 4
+"""Shards copied from or to an object store at once."""
 PIECE = 1 << 22
 """Bytes read, digested and written at a time."""
 
@@ -64,7 +72,7 @@ def part_of(manifest: Manifest, columns: Sequence[str] | None, tables: Sequence[
 
 def copy_cache(
     source: Cache,
-    target: Path,
+    target: AnyPath,
     *,
     columns: Sequence[str] | None = None,
     tables: Sequence[str] | None = None,
@@ -87,7 +95,7 @@ def copy_cache(
         return result
 
 
-def refuse_target(source: Cache, target: Path) -> None:
+def refuse_target(source: Cache, target: AnyPath) -> None:
     """Raise `UsageError` if one folder lies in the other, and `CacheError` if the target holds what is no cache."""
     resolved, other = source.root.resolve(), target.resolve()
     if resolved == other or resolved in other.parents or other in resolved.parents:
@@ -98,7 +106,7 @@ def refuse_target(source: Cache, target: Path) -> None:
         raise CacheError(f"{target} holds other files ({foreign[0]}) and no cache; choose an empty or a new folder.")
 
 
-def _begin(source: Cache, target: Path, part: Manifest) -> Cache:
+def _begin(source: Cache, target: AnyPath, part: Manifest) -> Cache:
     """The target as a cache with the manifest of what it will hold: what is asked for now and what it holds already."""
     keys = {table.name: table.keys for table in source.tables}
     if not (target / MANIFEST).exists():
@@ -143,29 +151,50 @@ def _copy_shards(
         for table in part.columns[name].tables
     ]
     jobs: list[tuple[Column, commits.Commit]] = []
-    for column, _ in wanted:
-        for shard in range(column.shards):
-            commit = _commit(source.root, column, shard, result)
-            if commit is None:
-                continue
-            if has_shard(target.root, column, commit):
-                result.present += 1
-            else:
-                jobs.append((column, commit))
+
+    def look(place: tuple[Column, int]) -> Copied | commits.Commit:
+        """The record of a shard that is to be copied, or what else is to be said of it."""
+        commit = _commit(source.root, *place, found := Copied())
+        if commit is None:
+            return found
+        return Copied(present=1) if has_shard(target.root, place[0], commit) else commit
+
+    places = [(column, shard) for column, _ in wanted for shard in range(column.shards)]
+    for (column, _), found in zip(places, each(look, places, source.root, target.root), strict=True):
+        if isinstance(found, commits.Commit):
+            jobs.append((column, found))
+        else:
+            result.present, result.absent = result.present + found.present, result.absent + found.absent
+            result.damaged += found.damaged
     refuse_small_disk(target.root, sum(commit.bytes for _, commit in jobs))
     start(len(jobs) + result.present, result.present)
-    for column, commit in jobs:
+
+    def copy(job: tuple[Column, commits.Commit]) -> str:
         try:
-            copy_shard(column, commit, target.root)
+            copy_shard(*job, target.root)
         except CorruptError as error:
-            result.damaged.append(str(error))
+            return str(error)
+        return ""
+
+    for (_, commit), problem in zip(jobs, in_order(copy, jobs, source.root, target.root), strict=True):
+        if problem:
+            result.damaged.append(problem)
         else:
             result.shards += 1
             result.bytes += commit.bytes
         advance()
 
 
-def _commit(root: Path, column: Column, shard: int, result: Copied) -> commits.Commit | None:
+def in_order(function: Callable[[A], B], jobs: Sequence[A], *places: AnyPath) -> Iterator[B]:
+    """`map(function, jobs)`; several at once where something lies in an object store, each with a shard in memory."""
+    if not any(isinstance(place, RemotePath) for place in places):
+        yield from map(function, jobs)
+        return
+    with closing(ahead(function, jobs, SIDE_BY_SIDE, SIDE_BY_SIDE)) as results:
+        yield from results
+
+
+def _commit(root: AnyPath, column: Column, shard: int, result: Copied) -> commits.Commit | None:
     """The record of a shard; one that is absent or damaged is counted."""
     try:
         return commits.read(root, column.table, column.spec.name, shard)
@@ -176,7 +205,7 @@ def _commit(root: Path, column: Column, shard: int, result: Copied) -> commits.C
     return None
 
 
-def has_shard(root: Path, column: Column, commit: commits.Commit) -> bool:
+def has_shard(root: AnyPath, column: Column, commit: commits.Commit) -> bool:
     """Whether the cache in `root` holds this very shard, by its record and the length of its file."""
     path = chunk_path(root, column.table, column.spec, commit.shard)
     try:
@@ -186,13 +215,16 @@ def has_shard(root: Path, column: Column, commit: commits.Commit) -> bool:
     return same and path.is_file() and path.stat().st_size == commit.bytes
 
 
-def copy_shard(column: Column, commit: commits.Commit, root: Path) -> None:
+def copy_shard(column: Column, commit: commits.Commit, root: AnyPath) -> None:
     """Copy a shard of a column into the cache in `root`, verified, and commit it.
 
     Raises `CorruptError` if the source's bytes are not those that were committed; nothing is left of them then.
     """
     origin = chunk_path(column.root, column.table, column.spec, commit.shard)
     path = chunk_path(root, column.table, column.spec, commit.shard)
+    if isinstance(path, RemotePath):
+        _send_shard(origin, path, root, commit)
+        return
     digest, partial = hashlib.sha256(), partial_of(path)
     try:
         with _reading(origin) as reading, naming(path):
@@ -204,9 +236,7 @@ def copy_shard(column: Column, commit: commits.Commit, root: Path) -> None:
                 writing_to.flush()
                 os.fsync(writing_to.fileno())
         if digest.hexdigest() != commit.sha256:
-            raise CorruptError(
-                f"{origin}: the bytes are not those that were committed; `pcd cache verify --repair` mends them."
-            )
+            raise _other_bytes(origin)
         with naming(path):
             _forget(commits.path(root, commit.table, commit.column, commit.shard))  # of other bytes, if any
             publish(partial, path)
@@ -216,21 +246,36 @@ def copy_shard(column: Column, commit: commits.Commit, root: Path) -> None:
     commits.write(root, commit)
 
 
-def _reading(path: Path) -> BinaryIO:
+def _send_shard(origin: AnyPath, path: RemotePath, root: AnyPath, commit: commits.Commit) -> None:
+    """The same into an object store: the shard is held in memory meanwhile."""
+    with _reading(origin) as reading:
+        data = reading.read()
+    if hashlib.sha256(data).hexdigest() != commit.sha256:
+        raise _other_bytes(origin)
+    _forget(commits.path(root, commit.table, commit.column, commit.shard))
+    upload(path, data)
+    commits.write(root, commit)
+
+
+def _other_bytes(origin: AnyPath) -> CorruptError:
+    return CorruptError(f"{origin}: the bytes are not those that were committed; `pcd cache verify --repair` mends them.")
+
+
+def _reading(path: AnyPath) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
         raise CorruptError(f"{path}: the shard is committed but its file is gone.") from None
 
 
-def _forget(record: Path) -> None:
+def _forget(record: AnyPath) -> None:
     """Remove a commit record, durably: it must not come back and vouch for bytes that it does not speak of."""
-    if record.exists():
+    if record.is_file():
         record.unlink()
         sync(record.parent)
 
 
-def copy_texts(source: Cache, target: Path, result: Copied) -> None:
+def copy_texts(source: Cache, target: AnyPath, result: Copied) -> None:
     """Copy text embeddings that are not there yet."""
     for folder in text_folders(source.root):
         try:
@@ -242,8 +287,10 @@ def copy_texts(source: Cache, target: Path, result: Copied) -> None:
             Cache(target, source.manifest).add_text(encoder, phrases, embeddings)
 
 
-def refuse_small_disk(root: Path, needed: int) -> None:
+def refuse_small_disk(root: AnyPath, needed: int) -> None:
     """Raise `SpaceError` if so many bytes do not fit."""
+    if isinstance(root, RemotePath):
+        return  # nobody knows how large a store is
     free = shutil.disk_usage(root).free
     if needed > free:
         raise SpaceError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pcd.cache import commits
 from pcd.cache.leftovers import Leftover, leftovers
@@ -20,6 +19,7 @@ from pcd.cache.store import Cache
 from pcd.cache.texts import METADATA
 from pcd.errors import UsageError, suggest
 from pcd.files import naming
+from pcd.remote import AnyPath, RemotePath
 
 ALWAYS = "sample/"
 """Columns of this group are needed to read any other: which samples were read, how large they are, which camera."""
@@ -39,7 +39,7 @@ class Garbage:
         return sum(file.bytes for file in self.files)
 
 
-def garbage(root: Path, columns: Sequence[str] = ()) -> Garbage:
+def garbage(root: AnyPath, columns: Sequence[str] = ()) -> Garbage:
     """What dropping `columns` and removing leftovers would remove. Changes nothing.
 
     Raises `UsageError` for a column that is unknown, or that every recipe needs.
@@ -64,13 +64,12 @@ def without(manifest: Manifest, columns: Sequence[str]) -> Manifest:
     if not any(name in manifest.columns for name in columns):
         return manifest
     kept = {name: entry for name, entry in manifest.columns.items() if name not in columns}
-    kinds = {entry.fingerprint.get("encoder", {}).get("encoder") for entry in kept.values()}
-    gone = {entry.fingerprint.get("encoder", {}).get("encoder") for entry in manifest.columns.values()} - kinds
-    encoders = {kind: {"table": known["table"]} for kind, known in manifest.encoders.items() if kind not in gone}
+    gone = {manifest.encoder_of(name) for name in manifest.columns} - {manifest.encoder_of(name) for name in kept}
+    encoders = {key: {"table": known["table"]} for key, known in manifest.encoders.items() if key not in gone}
     return dataclasses.replace(manifest, columns=kept, encoders=encoders)
 
 
-def collect(root: Path, shown: Garbage, advance: Callable[[], None] = lambda: None) -> int:
+def collect(root: AnyPath, shown: Garbage, advance: Callable[[], None] = lambda: None) -> int:
     """Remove what was `shown` by `garbage`, and nothing else; returns the bytes won. `advance` is called per file.
 
     Raises `CacheError` if the cache is being written, `WriteError` for a file that cannot be removed.
@@ -97,7 +96,9 @@ def _order(file: Leftover) -> tuple[int, str]:
     return (1, file.path) if not file.path.endswith(METADATA) else (1000 - file.path.count("/"), file.path)
 
 
-def _remove_empty_folders(root: Path, folder: Path) -> None:
+def _remove_empty_folders(root: AnyPath, folder: AnyPath) -> None:
+    if isinstance(folder, RemotePath):
+        return  # there are none
     while folder != root and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent

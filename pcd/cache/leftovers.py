@@ -17,6 +17,7 @@ from pcd.cache.store import Cache
 from pcd.cache.table import SAMPLES
 from pcd.cache.texts import CHUNK, METADATA, TEXT
 from pcd.files import PARTIAL, read_json
+from pcd.remote import AnyPath, RemotePath
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ def leftovers(cache: Cache) -> list[Leftover]:
     return sorted(_with_empty_groups(cache.root, found, wanted), key=lambda item: item.path)
 
 
-def _walk(root: Path) -> Iterator[tuple[PurePosixPath, int]]:
+def _walk(root: AnyPath) -> Iterator[tuple[PurePosixPath, int]]:
+    if isinstance(root, RemotePath):
+        yield from ((path.relative_to(root), found.st_size) for path, found in root.walk())
+        return
     for folder, _, names in os.walk(root):
         for name in names:
             file = Path(folder, name)
@@ -64,7 +68,7 @@ def _wanted(cache: Cache) -> set[str]:
     return files
 
 
-def _of_a_text(root: Path, path: PurePosixPath) -> bool:
+def _of_a_text(root: AnyPath, path: PurePosixPath) -> bool:
     """Whether a file is of a text that is stored: one with its metadata."""
     if len(path.parts) < 4 or path.parts[0] != TEXT:
         return False
@@ -72,7 +76,7 @@ def _of_a_text(root: Path, path: PurePosixPath) -> bool:
     return rest == METADATA or (rest == CHUNK and (root / folder / METADATA).is_file())
 
 
-def _ours(root: Path, path: PurePosixPath, arrays: dict[str, bool]) -> bool:
+def _ours(root: AnyPath, path: PurePosixPath, arrays: dict[str, bool]) -> bool:
     if path.name.endswith(PARTIAL) or path.parts[0] == TEXT:
         return True
     if path.parts[0] == commits.FOLDER:
@@ -93,14 +97,14 @@ def _array_of(path: PurePosixPath) -> str:
     return "/".join(parts[:-1]) if len(parts) < len(path.parts) and parts and parts[-1] == "c" else ""
 
 
-def _fingerprinted(metadata: Path) -> bool:
+def _fingerprinted(metadata: AnyPath) -> bool:
     try:
         return "fingerprint" in read_json(metadata)["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _with_empty_groups(root: Path, found: list[Leftover], wanted: set[str]) -> list[Leftover]:
+def _with_empty_groups(root: AnyPath, found: list[Leftover], wanted: set[str]) -> list[Leftover]:
     """The same; a bare Zarr group is ours if all that is below it is ours too."""
     others = [*wanted, *(item.path for item in found if not item.ours and not item.path.endswith(METADATA))]
     kept = []
@@ -111,7 +115,7 @@ def _with_empty_groups(root: Path, found: list[Leftover], wanted: set[str]) -> l
     return kept
 
 
-def _bare_group(metadata: Path) -> bool:
+def _bare_group(metadata: AnyPath) -> bool:
     try:
         value = read_json(metadata)
         return bool(value["node_type"] == "group" and not value.get("attributes"))

@@ -3,7 +3,7 @@
 Either one writer holds the whole cache (`writing`), or parts of it are written side by side (`sharing`), each by one process
 (`holding`). Whoever writes a range of samples holds that range too: a worker that is believed to be dead may still be at work
 on it. All are `flock`s of files at the root of the cache, whose text only says who holds them: what a killed process left
-there blocks nobody.
+there blocks nobody. On an object store they are leases (see `pcd.cache.lease`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path, PurePath
 from typing import TextIO
 
 from pcd import locks
+from pcd.cache import lease
+from pcd.cache.lease import LOCK, PART
 from pcd.errors import CacheError
+from pcd.remote import AnyPath, RemotePath
 
-LOCK = ".lock"
-PART = "part-"
-"""How the names of locks of parts begin."""
+__all__ = ["LOCK", "PART", "holding", "is_lock", "parts", "sharing", "writing"]
 
 
 def is_lock(path: PurePath) -> bool:
@@ -28,12 +29,16 @@ def is_lock(path: PurePath) -> bool:
 
 
 @contextmanager
-def writing(root: Path) -> Iterator[None]:
+def writing(root: AnyPath) -> Iterator[None]:
     """Hold the cache for writing, alone.
 
     Raises `CacheError` naming process, host and since when if it is held, whole or in part, and if the folder cannot be written
     to or its file system has no locks.
     """
+    if isinstance(root, RemotePath):
+        with lease.writing(root):
+            yield
+        return
     with _open(root / LOCK) as handle:
         _take(root, handle, locks.ALONE)
         locks.sign(handle)
@@ -45,8 +50,12 @@ def writing(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def sharing(root: Path) -> Iterator[None]:
+def sharing(root: AnyPath) -> Iterator[None]:
     """Hold the cache so that others may write parts of it meanwhile, but nobody the whole. Raises as `writing` does."""
+    if isinstance(root, RemotePath):
+        with lease.sharing(root):
+            yield
+        return
     with _open(root / LOCK) as handle:
         _take(root, handle, locks.SHARED)
         handle.truncate(0)
@@ -57,12 +66,16 @@ def sharing(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def holding(root: Path, name: str, occupied: Callable[[str], None]) -> Iterator[None]:
+def holding(root: AnyPath, name: str, occupied: Callable[[str], None]) -> Iterator[None]:
     """Hold what is called `name`: a part, a range of samples.
 
     `occupied` is called with the words for its holder as often as somebody else is found to hold it: it waits, or raises. The
     lock's file is removed by who holds it, so one that was replaced meanwhile counts for nothing.
     """
+    if isinstance(root, RemotePath):
+        with lease.holding(root, name, occupied):
+            yield
+        return
     path = root / f"{LOCK}.{name}"
     while True:
         with _open(path) as handle:
@@ -80,11 +93,13 @@ def holding(root: Path, name: str, occupied: Callable[[str], None]) -> Iterator[
         occupied(holder)
 
 
-def parts(root: Path) -> dict[str, str]:
+def parts(root: AnyPath) -> dict[str, str]:
     """Parts that are being written and the words for their holders.
 
     Only to be called by who keeps others from taking parts meanwhile: looking takes the lock for an instant.
     """
+    if isinstance(root, RemotePath):
+        return lease.parts(root)
     return {path.name.removeprefix(f"{LOCK}.{PART}"): words for path in _part_files(root) if (words := _holder(path))}
 
 

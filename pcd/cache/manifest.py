@@ -8,14 +8,15 @@ beside the commit records: an edited or damaged manifest is noticed when the cac
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pcd.columns import ColumnSpec
 from pcd.errors import CacheError, CorruptError
 from pcd.files import json_text, read_json, write_text
 from pcd.fingerprint import digest
+from pcd.remote import AnyPath
 from pcd.views import ViewPlan
 
 SCHEMA = 1
@@ -59,7 +60,8 @@ class Manifest:
     """What a cache is supposed to hold.
 
     `dataset` describes the samples (name, family, synthetic, depth_range, identity, notes), `split` how train and val were
-    drawn, `encoders` maps the kind of an encoder to the `[encoder]` table and the request its columns were made from.
+    drawn, `encoders` maps the key of an encoder (`encoder_key`) to the `[encoder]` table and the request its columns were made
+    from.
     """
 
     dataset: dict[str, Any]
@@ -82,6 +84,11 @@ class Manifest:
             "encoders": self.encoders,
         }
 
+    def encoder_of(self, column: str) -> str | None:
+        """The key in `encoders` of the encoder that made a column, or None for one that no encoder made."""
+        entry = self.columns.get(column)
+        return None if entry is None else encoder_of(column, entry.fingerprint, self.encoders)
+
     def identity(self) -> dict[str, Any]:
         """What two extractions into one cache must agree on, whatever columns they add."""
         whole = self.as_json()
@@ -92,19 +99,20 @@ class Manifest:
         value = self.as_json()
         return json_text({**value, "digest": digest(value)})
 
-    def write(self, root: Path) -> None:
+    def write(self, root: AnyPath) -> None:
         """Write durably to `root`, the spare copy first."""
         write_text(root / SPARE, self.text())
         write_text(root / MANIFEST, self.text())
 
     @staticmethod
-    def read(root: Path, name: str = MANIFEST) -> Manifest:
+    def read(root: AnyPath, name: str = MANIFEST) -> Manifest:
         """Read from `root`; `name` may be `SPARE`.
 
         Raises `CacheError` if there is none or it is of another schema version, `CorruptError` if it is damaged or was edited.
         """
         path = root / name
         if not path.is_file():
+            root.is_dir()  # a store that has no such bucket says so
             raise CacheError(f"{root} is not a pcd cache: {name} is not there. `pcd extract --cache {root}` makes one.")
         try:
             value = read_json(path)
@@ -121,6 +129,20 @@ class Manifest:
         if schema != SCHEMA:
             raise CacheError(f"{path} has schema {schema!r}, this pcd reads schema {SCHEMA}; use the pcd that wrote it.")
         return manifest
+
+
+def encoder_key(kind: str, prefix: str = "") -> str:
+    """What tells the encoders of a cache apart: the kind, and the prefix of its columns if it was given one."""
+    return f"{kind}:{prefix}" if prefix else kind
+
+
+def encoder_of(column: str, fingerprint: Mapping[str, Any], keys: Collection[str]) -> str | None:
+    """Which of the encoders with these keys made a column of that name and fingerprint; None if no encoder did."""
+    if "encoder" not in fingerprint:
+        return None
+    kind = fingerprint["encoder"]["encoder"]
+    own = encoder_key(kind, column.partition("/")[0])
+    return own if own in keys else str(kind)
 
 
 def _from_json(value: dict[str, Any]) -> Manifest:

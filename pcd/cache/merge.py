@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from pcd.cache import commits
@@ -21,6 +20,7 @@ from pcd.cache.store import Cache
 from pcd.errors import CacheError, CorruptError, FingerprintError
 from pcd.files import write_bytes
 from pcd.fingerprint import differences
+from pcd.remote import AnyPath
 
 SHOWN = 5
 """Conflicts that are named."""
@@ -33,7 +33,7 @@ Origins = dict[Place, list[tuple[Column, commits.Commit]]]
 
 def merge_caches(
     sources: Sequence[Cache],
-    target: Path,
+    target: AnyPath,
     *,
     start: Callable[[int, int], None] = lambda total, done: None,
     advance: Callable[[], None] = lambda: None,
@@ -124,7 +124,7 @@ def _shards(whole: Manifest, cache: Cache) -> int:
     return sum(table.column(name).shards for table in every.tables for name in table.column_names())
 
 
-def _begin(source: Cache, target: Path, whole: Manifest, *, fresh: bool) -> Cache:
+def _begin(source: Cache, target: AnyPath, whole: Manifest, *, fresh: bool) -> Cache:
     bare = dataclasses.replace(whole, columns={})
     cache = Cache.create(target, bare, {table.name: table.keys for table in source.tables}) if fresh else Cache.open(target)
     return with_columns(cache, whole)
@@ -143,7 +143,7 @@ def _copy(
         advance()
 
 
-def _copy_one(having: list[tuple[Column, commits.Commit]], root: Path, result: Copied) -> None:
+def _copy_one(having: list[tuple[Column, commits.Commit]], root: AnyPath, result: Copied) -> None:
     """A shard from the first source in which it is whole."""
     damaged = []
     for column, commit in having:
@@ -162,7 +162,7 @@ def _copy_one(having: list[tuple[Column, commits.Commit]], root: Path, result: C
     result.damaged += damaged
 
 
-def _join_provenance(sources: Sequence[Cache], target: Path) -> None:
+def _join_provenance(sources: Sequence[Cache], target: AnyPath) -> None:
     """What was noted of any of them, each line once."""
     files = [target / PROVENANCE, *(source.root / PROVENANCE for source in sources)]
     lines = [line for file in files if file.is_file() for line in file.read_bytes().splitlines()]

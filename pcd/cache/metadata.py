@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pcd.cache.fault import Fault, file_fault
@@ -12,10 +11,11 @@ from pcd.cache.manifest import MANIFEST, SCHEMA, SPARE, Manifest
 from pcd.cache.provenance import PROVENANCE, unreadable
 from pcd.cache.store import Cache, array_files, group_files
 from pcd.cache.table import SAMPLES
-from pcd.cache.texts import METADATA, metadata_of, read_text, text_folders
-from pcd.errors import CacheError, CorruptError
+from pcd.cache.texts import METADATA, TEXT, metadata_of, read_text, text_folders
+from pcd.errors import CacheError, CorruptError, StoreError
 from pcd.files import json_text, read_json
 from pcd.fingerprint import differences, digest
+from pcd.remote import AnyPath
 
 SHOWN = 3
 """Differing fields that a fault names."""
@@ -23,7 +23,7 @@ OPTIONAL = ("attributes", "configuration", "consolidated_metadata", "storage_tra
 """Keys of Zarr metadata that a version of the library may leave out or write empty."""
 
 
-def open_damaged(root: Path) -> tuple[Cache, list[Fault]]:
+def open_damaged(root: AnyPath) -> tuple[Cache, list[Fault]]:
     """The cache in folder `root` by its manifest or, with a fault, by the spare copy of one that is damaged, edited or gone.
 
     Raises `CacheError` if neither can be read.
@@ -33,6 +33,8 @@ def open_damaged(root: Path) -> tuple[Cache, list[Fault]]:
         if sealed(root) or not (root / SPARE).is_file():
             return cache, []
         raise CorruptError(f"{root / MANIFEST} has lost its digest.")  # every manifest with a spare copy has one
+    except StoreError:
+        raise
     except CacheError as error:
         try:
             manifest = Manifest.read(root, SPARE)
@@ -41,7 +43,7 @@ def open_damaged(root: Path) -> tuple[Cache, list[Fault]]:
         return Cache(root, manifest), [file_fault(MANIFEST, str(error), column="manifest")]
 
 
-def sealed(root: Path) -> bool:
+def sealed(root: AnyPath) -> bool:
     """Whether the manifest carries its own digest; those of earlier versions do not, nor do damaged ones."""
     try:
         return "digest" in read_json(root / MANIFEST)
@@ -72,6 +74,8 @@ def _manifest(cache: Cache) -> Iterator[Fault]:
         try:
             if Manifest.read(root, SPARE).text() != _text(spare):
                 raise CorruptError(f"{spare} is spelled otherwise than it was written.")
+        except StoreError:
+            raise
         except CacheError as error:
             yield file_fault(SPARE, str(error), column="manifest")
     text = cache.manifest.text()
@@ -88,7 +92,7 @@ def _manifest(cache: Cache) -> Iterator[Fault]:
             yield file_fault(MANIFEST, detail, column=name)
 
 
-def _text(path: Path) -> str:
+def _text(path: AnyPath) -> str:
     return path.read_bytes().decode(errors="replace")
 
 
@@ -128,7 +132,7 @@ def _samples(cache: Cache) -> Iterator[Fault]:
 
 def _texts(cache: Cache) -> Iterator[Fault]:
     for folder in text_folders(cache.root):
-        path = (folder / METADATA).relative_to(cache.root).as_posix()
+        path = f"{TEXT}/{folder.parent.name}/{folder.name}/{METADATA}"
         try:
             encoder, phrases, embeddings = read_text(folder)
             found = read_json(folder / METADATA)
@@ -139,7 +143,7 @@ def _texts(cache: Cache) -> Iterator[Fault]:
             yield file_fault(path, str(error), column="texts")
 
 
-def _provenance(root: Path) -> Iterator[Fault]:
+def _provenance(root: AnyPath) -> Iterator[Fault]:
     if bad := unreadable(root):
         detail = f"{root / PROVENANCE}: line {', '.join(map(str, bad))} cannot be read"
         yield file_fault(PROVENANCE, detail, column="provenance")

@@ -16,12 +16,13 @@ from typing import Any
 
 import pcd
 from pcd.files import write_bytes
+from pcd.remote import AnyPath
 
 PROVENANCE = "provenance.jsonl"
 PACKAGES = ("torch", "open_clip_torch", "zarr", "numpy")
 
 
-def append(root: Path, entry: dict[str, Any]) -> None:
+def append(root: AnyPath, entry: dict[str, Any]) -> None:
     """Add a line, durably and whole or not at all: `entry` with the time, the command of this process, and versions."""
     whole = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,22 +44,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def records(root: Path) -> list[dict[str, Any]]:
+def records(root: AnyPath) -> list[dict[str, Any]]:
     """All lines that can be read, the oldest first; `pcd cache verify` reports the others."""
     return [value for line in _lines(root) if (value := _parse(line)) is not None]
 
 
-def unreadable(root: Path) -> list[int]:
+def unreadable(root: AnyPath) -> list[int]:
     """Numbers, from 1, of the lines that cannot be read: a crash may cut one short."""
     return [number for number, line in enumerate(_lines(root), start=1) if _parse(line) is None]
 
 
-def drop_unreadable(root: Path) -> None:
+def drop_unreadable(root: AnyPath) -> None:
     """Keep the lines that can be read, byte for byte."""
     write_bytes(root / PROVENANCE, b"".join(line for line in _lines(root) if _parse(line) is not None))
 
 
-def skipped(root: Path) -> dict[str, str]:
+def skipped(root: AnyPath) -> dict[str, str]:
     """Samples that were skipped, with the reason noted at the time."""
     reasons: dict[str, str] = {}
     for entry in records(root):
@@ -66,7 +67,7 @@ def skipped(root: Path) -> dict[str, str]:
     return reasons
 
 
-def _lines(root: Path) -> list[bytes]:
+def _lines(root: AnyPath) -> list[bytes]:
     path = root / PROVENANCE
     return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
 

@@ -9,12 +9,13 @@ opens it; writing it here makes it durable, streams it, and digests it on the wa
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -22,8 +23,9 @@ import numpy.typing as npt
 from numcodecs import zstd
 
 from pcd.columns import ColumnSpec
-from pcd.errors import CorruptError
+from pcd.errors import CacheError, CorruptError
 from pcd.files import make_folder, naming, partial_of, publish
+from pcd.remote import AnyPath, RemotePath
 
 CRC_BYTES = 4
 ENTRY_BYTES = 16
@@ -45,6 +47,11 @@ def intact(data: bytes) -> bool:
     return len(data) >= CRC_BYTES and google_crc32c.value(data) == RESIDUE
 
 
+def unzip(chunk: Any) -> npt.NDArray[np.uint8]:
+    """The row in the chunk of a compressed column, whose crc32c has been checked."""
+    return np.frombuffer(zstd.decompress(memoryview(chunk)[:-CRC_BYTES]), dtype=np.uint8)
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """What a finished shard file is: its length and the SHA-256 of its bytes."""
@@ -54,9 +61,12 @@ class ShardRecord:
 
 
 class ShardWriter:
-    """Collects the rows of one shard in `<name>.partial`; `finish` makes them durable under the final name."""
+    """Collects the rows of one shard in `<name>.partial`; `finish` makes them durable under the final name.
 
-    def __init__(self, path: Path, spec: ColumnSpec, rows: int) -> None:
+    Rows for an object store are collected in memory, since an object appears whole.
+    """
+
+    def __init__(self, path: AnyPath, spec: ColumnSpec, rows: int) -> None:
         """`rows` is the shard's capacity; a last shard may be finished with fewer.
 
         Here, in `append` and in `finish` a disk that is full or fails raises `SpaceError` or `WriteError`, naming the file.
@@ -71,7 +81,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         with naming(path):
             make_folder(path.parent)
-            self._handle = partial_of(path).open("wb")
+            self._handle: BinaryIO = io.BytesIO() if isinstance(path, RemotePath) else partial_of(path).open("wb")
 
     @property
     def room(self) -> int:
@@ -102,22 +112,42 @@ class ShardWriter:
         self._offset += len(data)
 
     def finish(self) -> ShardRecord:
-        """Write the index, fsync, rename, fsync the folder."""
+        """Write the index, fsync, rename, fsync the folder; of an object: upload it."""
         index = self._index.tobytes()
         with naming(self.path):
             self._write(index + crc32c(index))
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
-            self._handle.close()
-            publish(partial_of(self.path), self.path)
+            if isinstance(self.path, RemotePath):
+                assert isinstance(self._handle, io.BytesIO)
+                upload(self.path, self._handle.getbuffer())
+            else:
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
+                self._handle.close()
+                publish(partial_of(self.path), self.path)
         return ShardRecord(self._offset, self._hash.hexdigest())
 
     def abandon(self) -> None:
         """Close and remove what was collected. On a disk that fails it may stay behind, as after a crash."""
+        if isinstance(self.path, RemotePath):
+            return  # nothing but memory was used
         with suppress(OSError):  # a full disk does not take the last bytes of the buffer either
             self._handle.close()
         with suppress(OSError):
             partial_of(self.path).unlink(missing_ok=True)
+
+
+def upload(path: RemotePath, data: bytes | memoryview) -> None:
+    """Write a shard's object, whole or not at all. What a crash left there, which no record vouches for, is replaced.
+
+    Raises `CacheError` if somebody else writes it at the same time.
+    """
+    try:
+        path.put_new(data)
+    except FileExistsError:
+        try:
+            path.put_over(data, path.version())
+        except (FileExistsError, FileNotFoundError):
+            raise CacheError(f"{path} is being written by somebody else as well; wait for it to end.") from None
 
 
 class ShardReader:
@@ -178,10 +208,10 @@ class ShardReader:
         chunk = os.pread(self._descriptor, length, offset)
         if len(chunk) != length or not intact(chunk):
             return False
-        body = zstd.decompress(memoryview(chunk)[:-CRC_BYTES])
+        body = unzip(chunk)
         if len(body) != target.nbytes:
             return False
-        target.data[:] = body
+        target[:] = body
         return True
 
     def read_run(self, first: int, out: npt.NDArray[np.uint8]) -> bool:

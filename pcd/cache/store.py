@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,13 @@ from pcd.columns import ColumnSpec
 from pcd.errors import CacheError, suggest
 from pcd.files import write_bytes, write_json
 from pcd.fingerprint import digest
+from pcd.remote import AnyPath, any_path
 
 
 class Cache:
     """An opened cache. `Cache.open(path)` reads one, `Cache.create(path, manifest, keys)` begins one."""
 
-    def __init__(self, root: Path, manifest: Manifest, *, verify: bool = True) -> None:
+    def __init__(self, root: AnyPath, manifest: Manifest, *, verify: bool = True) -> None:
         """`verify` checks the crc32c of every row that is read."""
         self.root = root
         self.manifest = manifest
@@ -37,12 +37,16 @@ class Cache:
         self._tables: dict[str, Table] = {}
 
     @staticmethod
-    def open(root: str | Path, *, verify: bool = True) -> Cache:
-        """Open the cache in folder `root`. Raises `CacheError` if there is none or it is damaged."""
-        return Cache(Path(root), Manifest.read(Path(root)), verify=verify)
+    def open(root: str | AnyPath, *, verify: bool = True) -> Cache:
+        """Open the cache in folder `root`, or at an address such as `s3://BUCKET/PREFIX`.
+
+        Raises `CacheError` if there is none or it is damaged.
+        """
+        root = any_path(root)
+        return Cache(root, Manifest.read(root), verify=verify)
 
     @staticmethod
-    def create(root: Path, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> Cache:
+    def create(root: AnyPath, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> Cache:
         """Begin a cache: groups, sample lists, then the manifest, which makes it one. Raises `CacheError` if one is there."""
         if (root / "manifest.json").exists():
             raise CacheError(f"{root} already holds a cache.")
@@ -131,8 +135,8 @@ class Cache:
         self.close()
 
 
-def open_cache(root: str | Path, *, verify: bool = True) -> Cache:
-    """Open the cache in folder `root`; the same as `Cache.open`."""
+def open_cache(root: str | AnyPath, *, verify: bool = True) -> Cache:
+    """Open the cache in folder `root`, or at an address such as `s3://BUCKET/PREFIX`; the same as `Cache.open`."""
     return Cache.open(root, verify=verify)
 
 

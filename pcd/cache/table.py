@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from pcd.cache.column import Column
 from pcd.cache.manifest import Manifest
 from pcd.errors import CacheError, CorruptError, suggest
 from pcd.fingerprint import digest
+from pcd.remote import AnyPath
 from pcd.views import ViewPlan
 
 SAMPLES = "samples.json"
@@ -26,7 +26,7 @@ class Table:
     Row `sample * views + flip * tiles + tile` of a view column is one view; row `sample` of a sample column one frame.
     """
 
-    def __init__(self, root: Path, name: str, manifest: Manifest, *, verify: bool = True) -> None:
+    def __init__(self, root: AnyPath, name: str, manifest: Manifest, *, verify: bool = True) -> None:
         self.root = root
         self.name = name
         self.manifest = manifest

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from pcd.cache.shards import CRC_BYTES, intact
 from pcd.errors import CorruptError
 from pcd.files import read_json
 from pcd.fingerprint import digest
+from pcd.remote import AnyPath
 
 TEXT = "text"
 METADATA, CHUNK = "zarr.json", "c/0/0"
@@ -30,12 +30,12 @@ NAME_DIGITS = 16
 Embeddings = npt.NDArray[np.float32]
 
 
-def text_folder(root: Path, encoder: str, phrases: Sequence[str]) -> Path:
+def text_folder(root: AnyPath, encoder: str, phrases: Sequence[str]) -> AnyPath:
     """Where the embeddings of `phrases` by the encoder of that digest lie."""
     return root / TEXT / encoder[:NAME_DIGITS] / digest(list(phrases))[:NAME_DIGITS]
 
 
-def text_folders(root: Path) -> list[Path]:
+def text_folders(root: AnyPath) -> list[AnyPath]:
     """All folders of text embeddings that have their metadata."""
     return sorted(file.parent for file in (root / TEXT).glob(f"*/*/{METADATA}"))
 
@@ -61,7 +61,7 @@ def text_files(encoder: str, phrases: Sequence[str], embeddings: Embeddings, *, 
     return {key: store._store_dict[key].to_bytes() for key in sorted(store._store_dict)}  # "c/..." before "zarr.json"
 
 
-def read_attributes(folder: Path) -> dict[str, Any]:
+def read_attributes(folder: AnyPath) -> dict[str, Any]:
     """Encoder digest, phrases and, unless an earlier version wrote it, SHA-256 of one array.
 
     Raises `CorruptError` if they cannot be read or do not belong into this folder.
@@ -76,7 +76,7 @@ def read_attributes(folder: Path) -> dict[str, Any]:
     return attributes
 
 
-def read_text(folder: Path) -> tuple[str, list[str], Embeddings]:
+def read_text(folder: AnyPath) -> tuple[str, list[str], Embeddings]:
     """Encoder digest, phrases and embeddings `(len(phrases), D)` of one array.
 
     Raises `CorruptError` for a file that is damaged, gone or of another text.

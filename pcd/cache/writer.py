@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pcd.cache import commits, compact
+from pcd.cache import commits, compact, lease
 from pcd.cache.column import Column, chunk_path
+from pcd.cache.objects import each
 from pcd.cache.shards import ShardWriter
 from pcd.cache.table import Table
 from pcd.fingerprint import digest
+from pcd.remote import RemotePath
 
 
 class ColumnWriter:
@@ -61,9 +63,11 @@ class ColumnWriter:
 
     def _commit(self, shard: int, stop: int) -> None:
         assert self._writer is not None
+        column = self._column
+        if isinstance(column.root, RemotePath):
+            lease.confirm(column.root)  # else the bytes of whoever has it now would be replaced
         record = self._writer.finish()
         self._writer = None
-        column = self._column
         commits.write(
             column.root,
             commits.Commit(
@@ -90,6 +94,7 @@ class RangeWriter:
 
     def __init__(self, table: Table, columns: Iterable[str], start: int, stop: int) -> None:
         """Samples `start:stop` of the named columns; `start` begins a shard in each of them."""
+        self._root = table.root
         self._writers: dict[str, ColumnWriter] = {}
         for name in columns:
             column = table.column(name)
@@ -97,10 +102,12 @@ class RangeWriter:
             self._writers[name] = ColumnWriter(column, start * per_sample, stop * per_sample)
 
     def append(self, rows: dict[str, npt.NDArray[Any]]) -> None:
-        """Append rows to the columns named; rows of columns that are not being written are ignored."""
-        for name, values in rows.items():
-            if name in self._writers:
-                self._writers[name].append(values)
+        """Append rows to the columns named; rows of columns that are not being written are ignored.
+
+        Columns on an object store are written side by side: each shard and each record waits for an answer.
+        """
+        jobs = [(self._writers[name], values) for name, values in rows.items() if name in self._writers]
+        each(lambda job: job[0].append(job[1]), jobs, self._root)
 
     def __enter__(self) -> RangeWriter:
         return self

@@ -13,13 +13,16 @@ from rich.table import Table
 from pcd.cli import options
 from pcd.cli.app import cache_app, errors, output, print_json, reporting
 from pcd.errors import UsageError
+from pcd.remote import any_path
 
 if TYPE_CHECKING:
     from pcd.cache.copy import Copied
     from pcd.stages.repair import Repair
     from pcd.stages.verify import Findings
 
-Where = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+Where = Annotated[
+    str, typer.Argument(metavar="PATH", help="Folder of the cache, or s3://..., gs://..., az://...", show_default=False)
+]
 SHOWN = 10
 
 
@@ -55,12 +58,13 @@ def inspect(cache: Where, json: options.Json = False) -> None:
 
 @cache_app.command(epilog="Example: pcd cache ls /data/caches")
 def ls(
-    folder: Annotated[Path, typer.Argument(help="Where to look, at any depth.")] = Path("cache"), json: options.Json = False
+    folder: Annotated[str, typer.Argument(metavar="PATH", help="Where to look, at any depth.")] = "cache",
+    json: options.Json = False,
 ) -> None:
     """All caches under a folder: data, encoder, how far, how big, how old."""
     from pcd.stages.caches import list_caches
 
-    found = list_caches(folder)
+    found = list_caches(any_path(folder))
     if json:
         print_json(found)
         return
@@ -98,8 +102,9 @@ def verify(
     """Check that everything is there and whole: exit code 0 only then. What is absent is completed by `pcd extract`."""
     from pcd.stages.verify import verify as examine
 
+    place = any_path(cache)
     with reporting() as progress:
-        findings = examine(cache, fast=fast, dataset_root=root, progress=progress)
+        findings = examine(place, fast=fast, dataset_root=root, progress=progress)
     _show(cache, findings, fast)
     damaged = any(fault.kind == "damaged" for fault in findings.faults)
     if repair and damaged:
@@ -107,8 +112,8 @@ def verify(
         from pcd.stages.repair import repair as mend
 
         with reporting() as progress:
-            done = mend(cache, findings.faults, Place(root, weights, device), progress)
-            findings = examine(cache, fast=fast, dataset_root=root, progress=progress)
+            done = mend(place, findings.faults, Place(root, weights, device), progress)
+            findings = examine(place, fast=fast, dataset_root=root, progress=progress)
         _show_repair(done)
         _show(cache, findings, fast)
     elif damaged:
@@ -128,7 +133,8 @@ def gc(
     """Drop columns, and remove what crashes left: shows what would go and asks first."""
     from pcd.cache.gc import collect, garbage
 
-    shown = garbage(cache, column or ())
+    root = any_path(cache)
+    shown = garbage(root, column or ())
     for file in shown.left_alone[:SHOWN]:
         errors.print(f"left alone, not pcd's: {file.path}", soft_wrap=True, markup=False)
     if not shown.files and not shown.columns:
@@ -149,7 +155,7 @@ def gc(
         typer.confirm("Remove them?", abort=True)
     with reporting() as progress:
         progress.start("removing", len(shown.files), "files")
-        won = collect(cache, shown, progress.advance)
+        won = collect(root, shown, progress.advance)
     output.print(f"{cache}: {_size(won)} removed.", soft_wrap=True)
 
 
@@ -157,8 +163,8 @@ def gc(
     epilog="Example: pcd cache copy /nfs/cache/kitti /scratch/kitti --columns clip/patch,clip/cls --tables train,val"
 )
 def copy(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the cache.", show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder of the copy.", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or address of the cache.", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="DST", help="Folder or address of the copy.", show_default=False)],
     columns: Annotated[str | None, typer.Option(help="Only these, separated by commas.", show_default="all")] = None,
     tables: Annotated[str | None, typer.Option(help="Only these, separated by commas.", show_default="all")] = None,
 ) -> None:
@@ -173,14 +179,14 @@ def copy(
 
         kept, into = (value.split(",") if value else None for value in (columns, tables))
         with Cache.open(source) as opened:
-            copied = copy_cache(opened, target, columns=kept, tables=into, start=start, advance=progress.advance)
+            copied = copy_cache(opened, any_path(target), columns=kept, tables=into, start=start, advance=progress.advance)
     _show_copied(copied, target, f"absent in {source} too")
 
 
 @cache_app.command(epilog="Example: pcd cache merge part-1 part-2 part-3 cache/kitti")
 def merge(
     caches: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="SRC... DST", help="Folders of the caches, and of the one to be.", show_default=False),
     ],
 ) -> None:
@@ -199,11 +205,11 @@ def merge(
             progress.start("merging", total, "shards", done)
 
         merged = [opened.enter_context(Cache.open(source)) for source in sources]
-        copied = merge_caches(merged, target, start=start, advance=progress.advance)
+        copied = merge_caches(merged, any_path(target), start=start, advance=progress.advance)
     _show_copied(copied, target, "absent in all of them")
 
 
-def _show_copied(copied: Copied, target: Path, where: str) -> None:
+def _show_copied(copied: Copied, target: str, where: str) -> None:
     there = f", {copied.present} were there already" if copied.present else ""
     output.print(f"{target}: {copied.shards} shards copied, {_size(copied.bytes)}{there}.", soft_wrap=True)
     for detail in copied.damaged:
@@ -214,7 +220,7 @@ def _show_copied(copied: Copied, target: Path, where: str) -> None:
         raise typer.Exit(1)
 
 
-def _show(cache: Path, findings: Findings, fast: bool) -> None:
+def _show(cache: str, findings: Findings, fast: bool) -> None:
     for note in findings.notes:
         errors.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
     if findings.leftovers:

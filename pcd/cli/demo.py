@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Synthetic scenes through extract, train, evaluate and report, beside two baselines: a few minutes, no downloads."""
     from pcd.cli.train import EpochLines
-    from pcd.recipe import load_recipe
+    from pcd.recipe_files import load_recipe
     from pcd.stages.demo import demo as run_stage
 
     recipe = load_recipe("demo", set_ or ())

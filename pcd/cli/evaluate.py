@@ -21,7 +21,7 @@ SHOWN = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "bias", "del
 @app.command(rich_help_panel=LOOK, epilog="Example: pcd evaluate --run runs/nyu --protocol eigen")
 def evaluate(
     run: Annotated[Path | None, typer.Option(help="Run folder.", show_default="the newest under runs/")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Cache to score on.", show_default="the one it was trained on")] = None,
+    cache: Annotated[str | None, options.cache("Cache to score on.", "the one it was trained on")] = None,
     split: Annotated[str, typer.Option(help="Table to score on.")] = "test",
     protocol: Annotated[
         list[str] | None, typer.Option(help="Protocol by name. Repeatable.", show_default="the recipe's")

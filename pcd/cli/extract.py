@@ -40,13 +40,28 @@ _Part = Annotated[
 ]
 
 
+_Sweep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SWEEP",
+        help="What every variant of this sweep reads, a pass for each of their encoders; --encoder is that of variants which "
+        "name none.",
+        show_default=False,
+    ),
+]
+
+
 @app.command(rich_help_panel=MAKE, epilog="Example: pcd extract --dataset kitti --root /data/kitti")
 def extract(
     dataset: Annotated[str, typer.Option(help="nyu, kitti, folder, synthetic, or a name from an installed package.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset.", show_default=False)] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder of the cache.", show_default="cache/DATASET")] = None,
+    cache: Annotated[str | None, options.cache("Folder of the cache, or s3://..., gs://..., az://...", "cache/DATASET")] = None,
     encoder: Annotated[
-        str | None, typer.Option(help="openclip:MODEL/TAG", show_default="the recipe's, ViT-L-14-336-quickgelu/openai")
+        str | None,
+        typer.Option(
+            help="openclip:MODEL/TAG, timm:MODEL, pixels, sam:MODEL, folder, ...",
+            show_default="the recipe's, ViT-L-14-336-quickgelu/openai",
+        ),
     ] = None,
     weights: options.Weights = None,
     limit: Annotated[int | None, typer.Option(help="At most N samples of each list.", show_default=False)] = None,
@@ -68,14 +83,15 @@ def extract(
     ] = 1,
     dask: _Dask = None,
     part: _Part = None,
+    sweep: _Sweep = None,
 ) -> None:
     """Run the frozen encoder once over every view and keep the tokens and patch depths in a cache."""
     from pcd.stages.extract import extract as run_stage
     from pcd.stages.needs import shipped_recipes
-    from pcd.stages.recipes import extraction_recipe
+    from pcd.stages.sweep_needs import extraction_recipes
 
-    resolved = extraction_recipe(
-        dataset, recipe, set_ or (), root=root, encoder=encoder, weights=weights, limit=limit, flips=flips
+    resolved, *others = extraction_recipes(
+        sweep, dataset, recipe, set_ or (), root=root, encoder=encoder, weights=weights, limit=limit, flips=flips
     )
     with reporting() as progress:
         run_stage(
@@ -86,6 +102,7 @@ def extract(
             batch_views=batch,
             tokens=tokens.value if tokens else None,
             also=shipped_recipes(dataset),
+            together=others,
             workers=workers,
             dask=dask,
             part=part,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,11 @@ class Place(StrEnum):
     device = "device"
     host = "host"
     stream = "stream"
+
+
+def cache(help: str, default: str | None = None) -> Any:
+    """An option that names a cache: a folder or an address, as text, since a `Path` would lose a slash of `s3://`."""
+    return typer.Option(metavar="PATH", help=help, show_default=default or False)
 
 
 Recipe = Annotated[str | None, typer.Option(help="Recipe: a name in pipelines/ or a TOML file.", show_default=False)]

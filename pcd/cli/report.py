@@ -17,7 +17,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page.", show_default="report in the run, or here for several")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Cache to score on.", show_default="the one of each run")] = None,
+    cache: Annotated[str | None, options.cache("Cache to score on.", "the one of each run")] = None,
     split: Annotated[str, typer.Option(help="Table to score on.")] = "test",
     protocol: Annotated[
         list[str] | None,

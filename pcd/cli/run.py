@@ -15,7 +15,7 @@ from pcd.cli.app import MAKE, app, reporting
 def run(
     recipe: Annotated[str, typer.Argument(help="A name in pipelines/ or a TOML file.", show_default=False)],
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset.", show_default=False)] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder of the cache.", show_default="cache/DATASET")] = None,
+    cache: Annotated[str | None, options.cache("Folder of the cache, or s3://..., gs://..., az://...", "cache/DATASET")] = None,
     run: options.Run = None,
     weights: options.Weights = None,
     set_: options.Set = None,
@@ -24,7 +24,7 @@ def run(
     """Extract, train and evaluate as a recipe says, skipping what is done."""
     from pcd.cli.evaluate import print_scores
     from pcd.cli.train import EpochLines, print_best
-    from pcd.recipe import load_recipe
+    from pcd.recipe_files import load_recipe
     from pcd.stages.recipes import extraction_recipe
     from pcd.stages.run import run_recipe
 

@@ -27,13 +27,13 @@ LIMITS, WIDE_LIMITS = (26, 56), (44, 112)
 
 @app.command(rich_help_panel=LOOK, epilog="Example: pcd show runs/nyu --sample 3 --out sample.png")
 def show(
-    path: Annotated[Path, typer.Argument(help="Folder of a cache or of a run.", show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a cache or of a run.", show_default=False)],
     split: Annotated[str, typer.Option(help="Table: train, val or test.")] = "test",
     sample: Annotated[str, typer.Option(help="Key or number of the sample.")] = "0",
     view: Annotated[int | None, typer.Option(help="Show this view alone, as the encoder sees it.", show_default="all")] = None,
     out: Annotated[Path | None, typer.Option(help="Picture file for all panels.", show_default=False)] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the images.", show_default="where they were")] = None,
-    cache: Annotated[Path | None, typer.Option(help="The run's cache.", show_default="the one it was trained on")] = None,
+    cache: Annotated[str | None, options.cache("The run's cache.", "the one it was trained on")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: a metric (its best epoch) or last.", show_default="abs_rel")
     ] = None,

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel=MAKE, epilog="Example: pcd sweep table4-cls --cache cache/nyu")
 def sweep(
-    cache: Annotated[Path, typer.Option(help="Cache that all variants learn from.")],
+    cache: Annotated[str, options.cache("Cache that all variants learn from.")],
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="SWEEP", help="A name in pipelines/ablations/, a TOML file of variants, or a recipe.", show_default=False
+            metavar="SWEEP",
+            help="A name in pipelines/ablations/ or pipelines/comparisons/, a TOML file of variants, or a recipe.",
+            show_default=False,
         ),
     ] = None,
     vary: Annotated[
@@ -90,13 +92,13 @@ def _seeds(text: str | None) -> list[int] | None:
 
 def print_sweep(done: Sweep) -> None:
     """The table, the numbers in print if there are any, and what must be read with them."""
-    from pcd.stages.sweep_table import printed_lines, remarks, score_lines
+    from pcd.stages.sweep_table import printed_lines, printed_title, remarks, score_lines
 
     document = done.document
     title = f"{document['sweep']}: {document['split']} of {document['cache']}, {document['protocol']}"
     output.print(_table(title, document, score_lines))
     if any(variant["printed"] for variant in document["variants"]):
-        output.print(_table(f"In print: {document['printed_source']}", document, printed_lines))
+        output.print(_table(printed_title(document), document, printed_lines))
     for line in remarks(document):
         alarming = line.startswith(("note: ", "failed: "))
         output.print(line, soft_wrap=True, markup=False, style="yellow" if alarming else None)

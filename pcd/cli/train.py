@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +26,7 @@ RECENT = 5
 
 @app.command(rich_help_panel=MAKE, epilog="Example: pcd train --cache cache/nyu --set head.dropout=0.1")
 def train(
-    cache: Annotated[Path, typer.Option(help="Cache to learn from.")],
+    cache: Annotated[str, options.cache("Cache to learn from: a folder, or s3://..., gs://..., az://...")],
     run: options.Run = None,
     recipe: options.Recipe = None,
     set_: options.Set = None,
@@ -80,12 +79,16 @@ class EpochLines:
 def epoch_line(report: EpochReport, epochs: int, recent: Sequence[float], name: str = "", width: int | None = None) -> Text:
     """Losses by phase, main metrics, what improved, learning rates, speed, and the time that is left at most.
 
+    Of a head that has nothing to train: that, and the metrics.
+
     `recent` are the seconds of the last epochs. If `width` columns are too few, what improved becomes a number, then speed,
     learning rates and losses are left out.
     """
     head = Text(f"{name}: epoch {report.epoch:3d}/{epochs}" if name else f"epoch {report.epoch:3d}/{epochs}")
-    losses, rates, speed = Text(_losses(report)), Text(_rates(report)), Text(f"{report.rows_per_second:.0f} rows/s")
     metrics = Text("  ").join(_metric(report, metric) for metric in MAIN)
+    if not report.step:
+        return Text(" | ").join([Text(f"{name}: nothing to train" if name else "nothing to train"), metrics])
+    losses, rates, speed = Text(_losses(report)), Text(_rates(report)), Text(f"{report.rows_per_second:.0f} rows/s")
     mean = sum(recent) / len(recent)
     left = [Text(f"at most {duration(mean * (epochs - report.epoch))} left")] if epochs > report.epoch else []
     brief = [head, metrics, _better(report, brief=True), *left]

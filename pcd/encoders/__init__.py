@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pcd.cache.manifest import encoder_key
 from pcd.recipe import parse_table
 from pcd.registry import Registry
 
 if TYPE_CHECKING:
     from pcd.encoders.base import Encoder
 
-registry = Registry("encoder", "pcd.encoders", {"openclip": "pcd.encoders.openclip:OpenClipEncoder"})
+registry = Registry(
+    "encoder",
+    "pcd.encoders",
+    {
+        "openclip": "pcd.encoders.openclip:OpenClipEncoder",
+        "timm": "pcd.encoders.timm_models:TimmEncoder",
+        "pixels": "pcd.encoders.pixels:PixelEncoder",
+        "folder": "pcd.encoders.folder:FolderEncoder",
+        "sam": "pcd.encoders.sam:SamEncoder",
+    },
+)
 
 
 def split_name(name: str) -> tuple[str, str]:
     """`openclip:ViT-L-14-336-quickgelu/openai` -> (`openclip`, `ViT-L-14-336-quickgelu/openai`)."""
     kind, _, model = name.partition(":")
     return kind, model
+
+
+def key_of(table: Mapping[str, Any]) -> str:
+    """What tells the encoder of an `[encoder]` table apart from others of a cache; see `pcd.cache.manifest.encoder_key`."""
+    return encoder_key(split_name(table["name"])[0], str(table.get("prefix", "")))
 
 
 def create_encoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,8 @@ from pcd.columns import ColumnSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from pcd.views import ViewPlan
 
 
 class EncoderOptions(BaseModel):
@@ -24,6 +27,9 @@ class EncoderOptions(BaseModel):
     """Seed of random weights."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """`auto` is fp16 on a CUDA GPU and fp32 elsewhere."""
+    prefix: Annotated[str, Field(pattern=r"^([a-z][a-z0-9_-]*)?$")] = ""
+    """What its columns' names begin with, `PREFIX/patch`; absent: the encoder's own, such as `clip`. Two models of one encoder
+    in one cache need different ones."""
 
 
 class Encoder(Protocol):
@@ -51,7 +57,11 @@ class Encoder(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """What determines the columns: network, digest of the weights, layer, projection, precision, normalisation, size."""
+        """What determines the columns: network, digest of the weights, layer, projection, precision, normalisation, size.
+
+        Plain JSON. pcd itself reads `encoder` (the name it is registered under), `model`, `weights` (`kind`: `file`, `random`
+        or `none`; `digest`), `precision`, `grid` (rows, columns) and `text` (true with a text tower).
+        """
         ...
 
     def encode(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -80,6 +90,71 @@ class Extendable(Protocol):
 
     def with_columns(self, names: Sequence[str]) -> Encoder:
         """The same encoder, its weights shared, making also these columns, which it offers; the others stay, bit for bit."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """Which view of which sample a row is: the sample's key in the dataset's list `split`, and the number of the view.
+
+    Views are numbered flip-major: `number = flip * plan.tiles + tile`; see `pcd.views`.
+    """
+
+    split: str
+    sample: str
+    number: int
+    plan: ViewPlan
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """What an encoder has beside `Encoder` if it must know which samples the views are of; `encode` is for those without a key.
+
+    Only extraction knows: it then calls this and not `encode`. Samples that could not be read are left out of it.
+    """
+
+    def encode_rows(self, views: torch.Tensor, rows: Sequence[RowKey]) -> dict[str, torch.Tensor]:
+        """As `Encoder.encode`, one row per view. Raises `DatasetError` or `MissingFileError` for a row it has nothing for."""
+        ...
+
+
+@runtime_checkable
+class Worded(Protocol):
+    """What an encoder has beside `Encoder` if words can be learned in front of its text tower."""
+
+    def text_tower(self) -> TextTower:
+        """Its frozen text tower. Raises `TextTowerError` if its weights hold none."""
+        ...
+
+
+class TextTower(Protocol):
+    """A frozen text tower that gradients pass through, for heads that learn words. On the CPU, float32, until moved."""
+
+    width: int
+    """Of a token's embedding."""
+    context: int
+    """Tokens of a sentence, padding included."""
+    digest: str
+    """Of what it computes: network and weights."""
+
+    def tokens(self, phrases: Sequence[str]) -> torch.Tensor:
+        """Token numbers int64 `(len(phrases), context)`. Raises `UsageError` for a phrase that is too long."""
+        ...
+
+    def needed(self, tokens: torch.Tensor) -> int:
+        """How many tokens from the left decide the embeddings of these sentences; what follows may be cut off."""
+        ...
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(n, L, width)` of token numbers `(n, L)`, before positions are added."""
+        ...
+
+    def encode(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Text embeddings `(n, D)`, not normalised, of embedded tokens `(n, L, width)`; `tokens` say where sentences end."""
+        ...
+
+    def to(self, device: torch.device) -> TextTower:
+        """The same tower on a device."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The `openclip` encoder: the vision transformers of open_clip, by model name and published weights.
+"""The `openclip` encoder: the vision transformers and ResNets of open_clip, by model name and published weights.
 
     openclip:MODEL/TAG      e.g. openclip:ViT-L-14-336-quickgelu/openai, which is what plain `openclip` means
 
@@ -8,9 +8,21 @@ weights expect. A file holds both towers under open_clip's names, or the image t
 embedded. Whether its weights were trained with QuickGELU cannot be seen in a file: for OpenAI's take a `-quickgelu` model, or
 give the tag as well, which is checked.
 
-Beside `clip/patch` and `clip/cls` it makes, when a head reads them, columns `clip/patch@N`: the patch tokens of transformer
-block N, counted from 1, after the same `ln_post` and `visual.proj` as the final ones, which puts them into the joint space of
-image and text. No published model was trained to be read there; how much they mean in it is for an experiment to find.
+Its columns are `PREFIX/...`; the prefix is the option of that name, `clip` by default. `clip/patch` and `clip/cls` are always
+made, the others when a head reads them:
+
+    clip/patch              patch tokens in the joint space of image and text, float16 (P, D)
+    clip/cls                the image's embedding, float32 (D,)
+    clip/patch@N            those of transformer block N, from 1, brought to the joint space as the final ones are
+    clip/tokens@N           the same as they are, in the width of the tower
+    clip/cls@N              CLS token of block N, brought to the joint space
+    clip/maskclip           patch tokens by the last block's value path alone (MaskCLIP)
+    clip/stem, clip/layer1 ... clip/layer4      of ResNets: feature maps, float16 (h, w, C)
+
+How exactly each is defined is written in `openclip_vit` and `openclip_resnet`.
+
+No published model was trained to be read at earlier blocks; how much their tokens mean in the joint space is for an experiment
+to find.
 
 Importing this module, and `OpenClipEncoder.request`, import neither torch nor open_clip.
 """
@@ -19,28 +31,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pcd.columns import ColumnSpec
 from pcd.device import resolve_device, resolve_precision
 from pcd.encoders.base import EncoderOptions
+from pcd.encoders.checks import check_finite, check_views
 from pcd.encoders.weights import describe_file, find_weights, read_state
-from pcd.errors import TextTowerError, UsageError, WeightsError
-from pcd.fingerprint import file_digest
+from pcd.errors import TextTowerError
+from pcd.fingerprint import digest, file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
+    from pcd.encoders.openclip_network import ImageNetwork, Tap
+    from pcd.encoders.openclip_text import OpenClipText
     from pcd.encoders.openclip_towers import Towers
 
 DEFAULT_MODEL = "ViT-L-14-336-quickgelu/openai"
+PREFIX = "clip"
 TEXT_BATCH = 256
+TEXT_FACTS = ("encoder", "model", "quick_gelu", "weights", "precision")
+"""What of the fingerprint determines the text tower."""
+WITH_TEXT = "weights with a text tower (--weights auto, or a file with both towers)"
 
 
 class OpenClipEncoder:
-    """A frozen open_clip vision transformer; see `pcd.encoders.base.Encoder` for the interface.
+    """A frozen open_clip vision transformer or ResNet; see `pcd.encoders.base.Encoder` for the interface.
 
     Construction raises `UsageError` for a model, tag, device or view size that cannot be used and `WeightsError` for weights
     that cannot be had, read or put into the model. The cheap checks come first.
@@ -69,97 +88,69 @@ class OpenClipEncoder:
             file = find_weights(options.weights) if named else names.published_file(self._architecture, tag)
             towers = openclip_towers.load_towers(self._architecture, view_size, self.precision, read_state(file), file)
             self._weights, self._file = {"kind": "file", "digest": file_digest(file)}, file
-        self._place(towers)
+        self._place(towers, options.prefix or PREFIX)
 
-    def _place(self, towers: Towers) -> None:
+    def _place(self, towers: Towers, prefix: str) -> None:
+        from pcd.encoders.openclip_network import Reading
+        from pcd.encoders.openclip_towers import network_of
+
         self._text: Any = towers.text.to(self.device) if towers.text is not None else None
         self.has_text = self._text is not None
-        self._set_network(towers.visual, ())
+        self._width = int(cast(Any, towers.visual).output_dim)
+        network = network_of(self._architecture, towers.visual, Reading(self.mean, self.std, self.precision, prefix))
+        self._set_network(network.to(self.device).eval())
 
-    def _set_network(self, visual: Any, layers: tuple[int, ...]) -> None:
-        """`layers` are the blocks whose tokens are columns as well, ascending."""
-        from pcd.encoders.openclip_names import layer_column
-        from pcd.encoders.openclip_towers import ImageNetwork
+    def _set_network(self, network: ImageNetwork) -> None:
+        self._network = network
+        self.outputs: Mapping[str, Mapping[str, Any]] = network.outputs()
+        self.columns: tuple[ColumnSpec, ...] = network.specs(self.grid)
 
-        self._network = ImageNetwork(visual, self.mean, self.std, self.precision, layers).to(self.device).eval()
-        self._width = int(visual.output_dim)
-        self.outputs: Mapping[str, Mapping[str, Any]] = {layer_column(layer): {"layer": layer} for layer in layers}
-        self.columns = self._columns()
+    def _tap(self, name: str) -> Tap | None:
+        prefix, _, rest = name.partition("/")
+        return self._network.find(rest) if prefix == self._network.reading.prefix else None
 
     def offers(self, name: str) -> bool:
-        """Whether `name` is `clip/patch@N`: see `pcd.encoders.base.Extendable`. Raises `UsageError` for a block it has not."""
-        from pcd.encoders.openclip_names import layer_of
+        """Whether `name` is a column that it makes on demand: see `pcd.encoders.base.Extendable`.
 
-        layer, blocks = layer_of(name), len(self._network.visual.transformer.resblocks)
-        if layer is not None and not 1 <= layer <= blocks:
-            raise UsageError(f"column {name}: {self._architecture.name} has transformer blocks 1 to {blocks}.")
-        return layer is not None
+        Raises `UsageError` for a block or stage that the network does not have.
+        """
+        return self._tap(name) is not None
 
     def with_columns(self, names: Sequence[str]) -> OpenClipEncoder:
-        """This encoder, its weights shared, that makes these `clip/patch@N` as well: see `pcd.encoders.base.Extendable`."""
-        from pcd.encoders.openclip_names import layer_of
-
-        other, asked = copy.copy(self), {layer_of(name) for name in names if self.offers(name)}
-        other._set_network(self._network.visual, tuple(sorted({*self._network.layers, *(n for n in asked if n is not None)})))
+        """This encoder, its weights shared, that makes these columns as well: see `pcd.encoders.base.Extendable`."""
+        other, taps = copy.copy(self), (self._tap(name) for name in names)
+        other._set_network(self._network.with_taps(tap for tap in taps if tap is not None))
         return other
-
-    def _columns(self) -> tuple[ColumnSpec, ...]:
-        patches, width = self.grid[0] * self.grid[1], self._width
-        layers = tuple(
-            ColumnSpec(
-                name,
-                (patches, width),
-                "float16",
-                ("patch", "channel"),
-                f"patch tokens of block {output['layer']} in reading order, ln_post then visual.proj, not normalised",
-            )
-            for name, output in self.outputs.items()
-        )
-        return (
-            ColumnSpec(
-                "clip/patch",
-                (patches, width),
-                "float16",
-                ("patch", "channel"),
-                "final-layer patch tokens in reading order, ln_post then visual.proj, not normalised",
-            ),
-            ColumnSpec(
-                "clip/cls",
-                (width,),
-                "float32",
-                ("channel",),
-                "CLS token of the same forward pass, ln_post then visual.proj, not normalised",
-            ),
-            *layers,
-        )
 
     @staticmethod
     def request(model: str, options: EncoderOptions) -> dict[str, Any]:
         """What was asked for, in plain values and without paths; reads no weights, imports no torch.
 
-        A file is described by name, size and modification time. Raises `WeightsError` if it is not there.
+        A file is described by name, size and modification time, the prefix if one is given. Raises `WeightsError` if the file
+        is not there.
         """
         asked: dict[str, Any] = {"model": model or DEFAULT_MODEL, "weights": options.weights, "file": None}
         if options.weights == "random":
             asked["seed"] = options.seed
         elif options.weights != "auto":
             asked |= {"weights": "file", "file": describe_file(find_weights(options.weights))}
-        return {**asked, "precision": options.precision}
+        named = {"prefix": options.prefix} if options.prefix else {}
+        return {**asked, "precision": options.precision, **named}
 
     def fingerprint(self) -> dict[str, Any]:
         """What determines the columns (and the text embeddings, if `text`), as plain JSON without paths or versions.
 
         `weights.digest` is the SHA-256 of the weights file (`kind` is `file`, from the hub or not: the same bytes are the same
         weights), or of the initial values for `random` ones. The tag is left out; what depends on it is `mean` and `std`.
-        `layer` is that of `clip/patch` and `clip/cls`; those of the other columns are in `outputs`.
+        `layer` and `projection` are those of `clip/patch` and `clip/cls`; those of the other columns are in `outputs`. The
+        prefix is not in it: it is part of the columns' names.
         """
         return {
             "encoder": "openclip",
             "model": self._architecture.name,
             "quick_gelu": self._architecture.quick_gelu,
             "weights": dict(self._weights),
-            "layer": "final",
-            "projection": "ln_post+proj",
+            **self._network.identity(),
             "precision": self.precision,
             "view_size": list(self.view_size),
             "patch": list(self._architecture.patch),
@@ -173,20 +164,16 @@ class OpenClipEncoder:
     def encode(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
         """RGB float32 in [0, 1], `(B, 3, h, w)` on any device, to all columns, on the encoder's device.
 
-        Returns `clip/patch` float16 `(B, P, D)` and `clip/cls` float32 `(B, D)` from one forward pass (PureCLIP-Depth,
-        section 2.4 and its released code: final-layer tokens), and the `clip/patch@N` that were asked for. Raises `UsageError`
-        for views of another shape or dtype and `WeightsError` if a token is not a number or does not fit float16.
+        Returns `clip/patch` float16 `(B, P, D)`, `clip/cls` float32 `(B, D)` and the columns that were asked for, from one
+        forward pass. Raises `UsageError` for views of another shape or dtype and `WeightsError` if a value is not a number or
+        does not fit float16.
         """
         import torch
 
-        if views.ndim != 4 or views.shape[1:] != (3, *self.view_size) or views.dtype != torch.float32:
-            raise UsageError(
-                f"views are {views.dtype} {tuple(views.shape)}; expected torch.float32 (B, 3, {self.view_size[0]}, "
-                f"{self.view_size[1]}), RGB in [0, 1]."
-            )
+        check_views(views, self.view_size)
         with torch.no_grad():
             columns: dict[str, torch.Tensor] = self._network(views.to(self.device, non_blocking=True))
-        _check_finite(columns)
+        check_finite(columns)
         return columns
 
     def network(self) -> torch.nn.Module:
@@ -208,11 +195,15 @@ class OpenClipEncoder:
         import torch
 
         from pcd.encoders.openclip_names import find_tokenizer
+        from pcd.encoders.openclip_text import check_lengths
 
         if self._text is None:
-            raise TextTowerError(self._why_no_text())
+            raise TextTowerError(
+                f'Texts cannot be embedded: {self._why_no_text()}. Set head.table_init to "tokens" or "random", which need no '
+                f"text, or use {WITH_TEXT}."
+            )
         tokenizer = find_tokenizer(self._architecture)
-        _check_lengths(phrases, tokenizer)
+        check_lengths(phrases, tokenizer)
         embedded = [torch.empty(0, self._width)]
         with torch.no_grad():
             for start in range(0, len(phrases), TEXT_BATCH):
@@ -220,43 +211,26 @@ class OpenClipEncoder:
                 embedded.append(self._text.encode_text(tokens).float().cpu())
         return torch.cat(embedded)
 
+    def text_tower(self) -> OpenClipText:
+        """A copy of its text tower that gradients pass through, float32 on the CPU: see `pcd.encoders.base.Worded`.
+
+        Raises `TextTowerError` as `embed_text` does, and for a text tower in front of which words cannot be learned.
+        """
+        from pcd.encoders.openclip_text import OpenClipText
+
+        if self._text is None:
+            raise TextTowerError(f"Words cannot be learned: {self._why_no_text()}. Use {WITH_TEXT}.")
+        facts = {key: value for key, value in self.fingerprint().items() if key in TEXT_FACTS}
+        return OpenClipText(self._architecture, self._text, digest({**facts, "tower": "text"}))
+
     def _why_no_text(self) -> str:
         name = self._architecture.name
         if not self._architecture.native_text:
-            found = f"the text tower of {name} belongs to the transformers library, which pcd does not use"
-        else:
-            found = f"the weights of {name} hold the image tower alone (visual.*)"
-        return (
-            f'Texts cannot be embedded: {found}. Set head.table_init to "tokens" or "random", which need no text, or use '
-            "weights with a text tower (--weights auto, or a file with both towers)."
-        )
+            return f"the text tower of {name} belongs to the transformers library, which pcd does not use"
+        return f"the weights of {name} hold the image tower alone (visual.*)"
 
 
 def split_model(model: str) -> tuple[str, str | None]:
     """`MODEL/TAG` to (`MODEL`, `TAG`), `MODEL` to (`MODEL`, None), and nothing to the default."""
     name, _, tag = (model or DEFAULT_MODEL).partition("/")
     return name, tag or None
-
-
-def _check_finite(columns: dict[str, torch.Tensor]) -> None:
-    """Values beyond 65504 have become infinite on the way to float16."""
-    bad = {name: int((~values.isfinite()).sum()) for name, values in columns.items()}
-    if any(bad.values()):
-        found = ", ".join(f"{count} of {columns[name].numel()} in {name}" for name, count in bad.items() if count)
-        raise WeightsError(
-            f"token values that are not finite or do not fit float16 (up to 65504): {found}. Nothing was stored. Either the "
-            'weights are damaged, or fp16 is too narrow for this network: set encoder.precision to "bf16" or "fp32".'
-        )
-
-
-def _check_lengths(phrases: Sequence[str], tokenizer: Any) -> None:
-    if isinstance(phrases, str):
-        raise UsageError("embed_text takes a list of phrases, not one string.")
-    if not hasattr(tokenizer, "encode"):
-        return
-    for phrase in phrases:
-        length = len(tokenizer.encode(phrase)) + 2  # start and end of text
-        if length > tokenizer.context_length:
-            raise UsageError(
-                f"phrase of {length} tokens, but the text tower takes {tokenizer.context_length}: {phrase[:60]!r}..."
-            )

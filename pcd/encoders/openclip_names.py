@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,28 +20,19 @@ from pcd.errors import TextTowerError, UsageError, WeightsError, suggest
 make_torchvision_importable()
 open_clip: Any = importlib.import_module("open_clip")
 """The package, untyped: it does not declare its types."""
-open_clip.add_model_config(Path(__file__).parent / "configs")  # pcd-demo: two layers, for demos and tests with random weights
+open_clip.add_model_config(Path(__file__).parent / "configs")  # pcd-demo, pcd-demo-resnet: small, for random weights
 
 Size = tuple[int, int]
-_LAYER = re.compile(r"clip/patch@([1-9]\d*)")
-
-
-def layer_column(layer: int) -> str:
-    """The name of the column of a transformer block's patch tokens: `clip/patch@6`."""
-    return f"clip/patch@{layer}"
-
-
-def layer_of(column: str) -> int | None:
-    """The transformer block, from 1, that a column `clip/patch@N` is of; None for another name."""
-    match = _LAYER.fullmatch(column)
-    return int(match[1]) if match else None
+RESNET_STRIDE = 32
+"""Pixels from one location of a ModifiedResNet's last stage to the next."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """An open_clip model that pcd can use: its configuration and what follows from it.
 
-    `patch` and `image_size` are (height, width) in pixels; `native_text` is False if the text tower is another library's.
+    `patch` and `image_size` are (height, width) in pixels, `patch` of a ResNet what a location of its last stage stands for;
+    `native_text` is False if the text tower is another library's.
     """
 
     name: str
@@ -57,6 +47,16 @@ class Architecture:
         return bool(self.config.get("quick_gelu", False))
 
     @property
+    def resnet(self) -> bool:
+        """Whether the image tower is a ModifiedResNet; else it is a vision transformer."""
+        return not isinstance(self.config["vision_cfg"].get("layers", 12), int)
+
+    @property
+    def positions(self) -> str:
+        """The entry of a state dict that holds the positional embedding of the patches."""
+        return "visual.attnpool.positional_embedding" if self.resnet else "visual.positional_embedding"
+
+    @property
     def grid(self) -> Size:
         """Patches of an image of the size the model was made for: (rows, columns)."""
         return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
@@ -65,8 +65,8 @@ class Architecture:
 def find_architecture(name: str) -> Architecture:
     """The architecture of open_clip model `name`.
 
-    Raises `UsageError` for a name open_clip does not know, with the nearest one, and for a model whose tokens are not those
-    of a vision transformer with a CLS token, naming what was found.
+    Raises `UsageError` for a name open_clip does not know, with the nearest one, and for a model that is neither a vision
+    transformer with a CLS token nor a ModifiedResNet, naming what was found.
     """
     config = open_clip.get_model_config(name) if ":" not in name else None
     if config is None:
@@ -74,11 +74,12 @@ def find_architecture(name: str) -> Architecture:
     if obstacle := _obstacle(config):
         raise UsageError(
             f"open_clip model {name!r} cannot be used: it has {obstacle}. pcd needs open_clip's own vision transformer with a "
-            "CLS token, e.g. ViT-B-16-quickgelu or ViT-L-14-336-quickgelu."
+            "CLS token, e.g. ViT-B-16-quickgelu or ViT-L-14-336-quickgelu, or its own ResNet, e.g. RN50-quickgelu."
         )
     vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
     native_text = not config["text_cfg"].get("hf_model_name")
-    return Architecture(name, config, _pair(vision.patch_size), _pair(vision.image_size), native_text)
+    patch = vision.patch_size if isinstance(vision.layers, int) else RESNET_STRIDE
+    return Architecture(name, config, _pair(patch), _pair(vision.image_size), native_text)
 
 
 def usable_models() -> list[str]:
@@ -90,8 +91,6 @@ def _obstacle(config: Mapping[str, Any]) -> str | None:
     vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
     if vision.timm_model_name:
         return f"a timm image tower ({vision.timm_model_name})"
-    if not isinstance(vision.layers, int):
-        return "a ResNet image tower"
     if "multimodal_cfg" in config:
         return "a captioning decoder (CoCa)"
     if vision.attentional_pool:
@@ -164,7 +163,7 @@ def _hub_files(config: Mapping[str, Any]) -> tuple[str, list[str]]:
 def grid_of_view(architecture: Architecture, view_size: Size) -> Size:
     """Patches of a view: (rows, columns).
 
-    Raises `UsageError` if they do not cover it exactly: the strided convolution would drop the rest without a word.
+    Raises `UsageError` if they do not cover it exactly: strided convolutions drop the rest without a word.
     """
     for side, length, patch in zip(("height", "width"), view_size, architecture.patch, strict=True):
         if length % patch or length < patch:

@@ -15,21 +15,25 @@ from torch.overrides import TorchFunctionMode
 
 from pcd.device import Precision
 from pcd.encoders.openclip_names import (
+    RESNET_STRIDE,
     Architecture,
     Size,
     find_architecture,
     grid_of_view,
-    layer_column,
     open_clip,
     usable_models,
 )
+from pcd.encoders.openclip_network import DTYPES, ImageNetwork, Reading
+from pcd.encoders.openclip_resnet import ResNetNetwork
+from pcd.encoders.openclip_vit import VitNetwork
 from pcd.encoders.weights import State, some, state_digest
 from pcd.errors import WeightsError
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 _NOT_TOWERS = {"logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size"}
 """Entries of published state dicts that no embedding depends on."""
+
+_COUNTER = ".num_batches_tracked"
+"""How many batches a BatchNorm was trained on: of no use once it is, and not in every file."""
 
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 """A text tower that costs nothing, for when there are no weights for one: open_clip builds both or neither."""
@@ -45,52 +49,10 @@ class Towers:
     """With random weights: of the initial values, before interpolation and conversion."""
 
 
-class ImageNetwork(nn.Module):
-    """Views `(B, 3, h, w)`, RGB in [0, 1], through an image tower to the columns `clip/patch`, `clip/cls` and `clip/patch@N`.
-
-    Everything between is a tensor operation, so that it can be exported; nothing is checked here.
-    """
-
-    def __init__(
-        self,
-        visual: nn.Module,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        precision: Precision,
-        layers: tuple[int, ...] = (),
-    ) -> None:
-        """`layers` are the N: numbers of transformer blocks from 1, ascending."""
-        super().__init__()
-        self.visual: Any = visual
-        self.layers = layers
-        self.dtype = DTYPES[precision]
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-
-    def forward(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`clip/patch` float16 `(B, P, D)` and `clip/cls` float32 `(B, D)` from one forward pass, both final-layer tokens.
-
-        `clip/patch@N` float16 `(B, P, D)` are the patch tokens that block N gives, brought to the same space the same way. The
-        operations behind the final tokens are the same whatever N are asked for.
-        """
-        final = len(self.visual.transformer.resblocks)
-        taken = sorted({*self.layers, final})
-        found = self.visual.forward_intermediates(
-            ((views - self.mean) / self.std).to(self.dtype),
-            indices=[block - 1 for block in taken],
-            normalize_intermediates=True,  # ln_post
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        tokens = dict(zip(taken, found["image_intermediates"], strict=True))
-        columns = {
-            "clip/patch": (tokens[final] @ self.visual.proj).to(torch.float16),
-            "clip/cls": (found["image_intermediates_prefix"][-1] @ self.visual.proj)[:, 0].float(),
-        }
-        return columns | {layer_column(n): (tokens[n] @ self.visual.proj).to(torch.float16) for n in self.layers}
+def network_of(architecture: Architecture, visual: nn.Module, reading: Reading) -> ImageNetwork:
+    """The network from views to columns around an image tower."""
+    kind = ResNetNetwork if architecture.resnet else VitNetwork
+    return kind(visual, reading, architecture.name)
 
 
 def random_towers(architecture: Architecture, view_size: Size, precision: Precision, seed: int) -> Towers:
@@ -100,8 +62,7 @@ def random_towers(architecture: Architecture, view_size: Size, precision: Precis
         model = _build(architecture, precision, text=architecture.native_text)
     initial = model.state_dict()
     digest = state_digest(initial)
-    positions = initial["visual.positional_embedding"]
-    _set_positions(model, positions, architecture.grid, grid_of_view(architecture, view_size))
+    _set_positions(model, architecture, initial[architecture.positions], architecture.grid, view_size)
     return _finish(model, precision, architecture.native_text, digest)
 
 
@@ -110,6 +71,7 @@ def load_towers(architecture: Architecture, view_size: Size, precision: Precisio
 
     Without text weights there is no text tower. Raises `WeightsError` unless names and shapes are exactly the model's.
     """
+    state = {key: value for key, value in state.items() if not key.endswith(_COUNTER)}
     visual = {key: value for key, value in state.items() if key.startswith("visual.")}
     rest = {key: value for key, value in state.items() if key not in visual and key not in _NOT_TOWERS}
     text = bool(rest) and architecture.native_text
@@ -119,10 +81,10 @@ def load_towers(architecture: Architecture, view_size: Size, precision: Precisio
         rest = open_clip.model.convert_to_custom_text_state_dict(rest)
     found = {**visual, **rest} if text or not visual else visual
     _check(model, found, text, architecture, file)
-    positions = found.pop("visual.positional_embedding").float()
+    positions = found.pop(architecture.positions).float()
     source = _grid_of_file(positions, architecture, file)
     model.load_state_dict(found, strict=False)  # exact already: _check has compared every name
-    _set_positions(model, positions, source, grid_of_view(architecture, view_size))
+    _set_positions(model, architecture, positions, source, view_size)
     return _finish(model, precision, text)
 
 
@@ -173,9 +135,12 @@ def resize_positions(positions: torch.Tensor, source: Size, target: Size) -> tor
     return torch.cat([cls, plane.permute(0, 2, 3, 1).reshape(target[0] * target[1], -1)])
 
 
-def _set_positions(model: nn.Module, positions: torch.Tensor, source: Size, target: Size) -> None:
-    resized = resize_positions(positions, source, target).clone()
-    cast(nn.Module, model.visual).positional_embedding = nn.Parameter(resized, requires_grad=False)
+def _set_positions(
+    model: nn.Module, architecture: Architecture, positions: torch.Tensor, source: Size, view_size: Size
+) -> None:
+    resized = resize_positions(positions, source, grid_of_view(architecture, view_size)).clone()
+    module, _, name = architecture.positions.rpartition(".")
+    setattr(model.get_submodule(module), name, nn.Parameter(resized, requires_grad=False))
 
 
 def _grid_of_file(positions: torch.Tensor, architecture: Architecture, file: Path) -> Size:
@@ -187,7 +152,7 @@ def _grid_of_file(positions: torch.Tensor, architecture: Architecture, file: Pat
     side = math.isqrt(patches)
     if side * side != patches:
         raise WeightsError(
-            f"{file}: visual.positional_embedding is for {patches} patches, neither the {rows}x{columns} of "
+            f"{file}: {architecture.positions} is for {patches} patches, neither the {rows}x{columns} of "
             f"{architecture.name} nor a square grid."
         )
     return side, side
@@ -197,9 +162,10 @@ def _check(model: nn.Module, found: Mapping[str, torch.Tensor], text: bool, arch
     expected = {
         key: value
         for key, value in model.state_dict().items()
-        if key not in _NOT_TOWERS and (text or key.startswith("visual."))
+        if key not in _NOT_TOWERS and not key.endswith(_COUNTER) and (text or key.startswith("visual."))
     }
-    wrong = [key for key in expected if key in found and not _fits(key, found[key], expected[key])]
+    places = architecture.positions
+    wrong = [key for key in expected if key in found and not _fits(found[key], expected[key], resizable=key == places)]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -210,9 +176,9 @@ def _check(model: nn.Module, found: Mapping[str, torch.Tensor], text: bool, arch
         raise WeightsError(f"{file} does not fit {architecture.name}: tensors {'; '.join(lines)}.{_likely(found)}")
 
 
-def _fits(key: str, found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _fits(found: torch.Tensor, expected: torch.Tensor, *, resizable: bool) -> bool:
     same = found.shape == expected.shape
-    if key == "visual.positional_embedding":  # the number of patches may differ
+    if resizable:  # positions: the number of patches may differ
         same = found.ndim == 2 and found.shape[0] > 1 and found.shape[1] == expected.shape[1]
     return same and found.is_floating_point()
 
@@ -225,15 +191,29 @@ def _likely(found: Mapping[str, torch.Tensor]) -> str:
     """What the file may be instead, from its shapes."""
     if any(key.startswith(("vision_model.", "text_model.")) for key in found):
         return " It has the layout of the transformers library; fetch the file that --weights auto names for this model."
-    patch, projection = found.get("visual.conv1.weight"), found.get("visual.proj")
-    if patch is None or projection is None or patch.ndim != 4 or projection.ndim != 2:
-        return " Image towers of open_clip have visual.conv1.weight and visual.proj; here they are absent or of another kind."
-    layers = len({key.split(".")[3] for key in found if key.startswith("visual.transformer.resblocks.")})
-    shape = (patch.shape[0], layers, tuple(patch.shape[2:]), projection.shape[1])
+    shape = _shape_of_file(found)
+    if shape is None:
+        return (
+            " Image towers of open_clip have visual.conv1.weight and visual.proj; here they are absent or of another kind. "
+            "Its ResNets have visual.attnpool.c_proj.weight instead of visual.proj."
+        )
     names = [name for name in usable_models() if _shape(find_architecture(name)) == shape]
     return f" By its shapes it is for: {', '.join(names)}." if names else " It fits no model that open_clip knows."
 
 
+def _shape_of_file(found: Mapping[str, torch.Tensor]) -> tuple[Any, ...] | None:
+    """Width, layers, patch and embedding width as `_shape` gives them; None if it is no image tower of open_clip."""
+    conv, projection, pool = (found.get(f"visual.{key}") for key in ("conv1.weight", "proj", "attnpool.c_proj.weight"))
+    if pool is not None and pool.ndim == 2:
+        stages = [{key.split(".")[2] for key in found if key.startswith(f"visual.layer{n}.")} for n in range(1, 5)]
+        return pool.shape[1] // 32, tuple(len(blocks) for blocks in stages), (RESNET_STRIDE,) * 2, pool.shape[0]
+    if conv is None or projection is None or conv.ndim != 4 or projection.ndim != 2:
+        return None
+    layers = len({key.split(".")[3] for key in found if key.startswith("visual.transformer.resblocks.")})
+    return conv.shape[0], layers, tuple(conv.shape[2:]), projection.shape[1]
+
+
 def _shape(architecture: Architecture) -> tuple[Any, ...]:
     vision = open_clip.CLIPVisionCfg(**architecture.config["vision_cfg"])
-    return vision.width, vision.layers, architecture.patch, architecture.config["embed_dim"]
+    layers = tuple(vision.layers) if architecture.resnet else vision.layers
+    return vision.width, layers, architecture.patch, architecture.config["embed_dim"]

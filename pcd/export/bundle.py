@@ -145,7 +145,9 @@ def opened(root: Path, info: dict[str, Any]) -> dict[str, Any]:
             name: {**entry, "table": {**entry["table"], "weights": str(root / ENCODER_FILE)}}
             for name, entry in info["encoders"].items()
         },
-        "columns": {name: {**fingerprint, "encoder": bundle["encoder"]} for name, fingerprint in columns.items()},
+        "columns": {
+            name: {**found, "encoder": bundle["encoder"]} if "encoder" in found else found for name, found in columns.items()
+        },
         "trained_columns": columns,
     }
 

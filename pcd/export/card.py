@@ -145,7 +145,7 @@ def _training(info: Mapping[str, Any], recipe: Recipe) -> str:
     return f"""## Training
 
 * data: `{data["name"]}` ({data["family"]} family), frames of {_size(info["frame"])} pixels, depth from {low:g} to {high:g} m
-* views: {crop}, resized to {_size(views["canvas"])}{grid}; {_size(info["grid"])} patches a view
+* views: {crop}, resized to {_size(views["canvas"])}{grid}; {_size(info.get("patches", info["grid"]))} patches a view
 * recipe: `{recipe.name}`, {recipe.description or "see recipe.toml"}
 * training: seed {recipe.train.seed}, at most {recipe.train.epochs} epochs
 * encoder: `{_encoder_name(info)}`, frozen; SHA-256 of its weights {_encoder_digest(info)}"""
@@ -156,7 +156,7 @@ def _size(pair: Sequence[int]) -> str:
 
 
 def _encoder_digest(info: Mapping[str, Any]) -> str:
-    digests = {str(column["encoder"]["weights"]["digest"]) for column in info["columns"].values()}
+    digests = {str(column["encoder"]["weights"]["digest"]) for column in info["columns"].values() if "encoder" in column}
     return ", ".join(f"`{digest}`" for digest in sorted(digests))
 
 

@@ -11,7 +11,25 @@ from pcd.registry import Registry
 if TYPE_CHECKING:
     from pcd.heads.base import Head, HeadOptions
 
-registry = Registry("head", "pcd.heads", {"pureclip": "pcd.heads.pureclip:PureClipHead"})
+registry = Registry(
+    "head",
+    "pcd.heads",
+    {
+        "coarse-refined": "pcd.heads.coarse_refined:CoarseRefinedHead",
+        "depth-eigen": "pcd.heads.depth_eigen:DepthEigenHead",
+        "auty": "pcd.heads.auty:AutyHead",
+        "depthclip": "pcd.heads.depthclip:DepthClipHead",
+        "depthclip-adapter": "pcd.heads.depthclip_adapter:DepthClipAdapterHead",
+        "dpt-lite": "pcd.heads.dpt_lite:DptLiteHead",
+        "hu": "pcd.heads.hu:HuHead",
+        "linear": "pcd.heads.linear:LinearHead",
+        "mean": "pcd.heads.mean:MeanHead",
+        "mlp": "pcd.heads.linear:MlpHead",
+        "msa": "pcd.heads.msa:MsaHead",
+        "nearest": "pcd.heads.nearest:NearestHead",
+        "pureclip": "pcd.heads.pureclip:PureClipHead",
+    },
+)
 
 
 def head_options(table: Mapping[str, Any], where: str = "head") -> tuple[type[Head], HeadOptions]:

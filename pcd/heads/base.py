@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from pcd.encoders.base import TextTower
 from pcd.heads.bins import Distribution
 
 
@@ -68,13 +69,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Phase:
-    """One of the phases a head's training alternates between: `steps` at a time, its own AdamW over `parameters`."""
+    """One of the phases a head's training alternates between: `steps` at a time, its own optimiser over `parameters`."""
 
     name: str
     steps: int
     parameters: Sequence[tuple[str, nn.Parameter]]
     lr: float
     weight_decay: float
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
+    """Of sgd."""
 
 
 class Context(Protocol):
@@ -82,6 +86,10 @@ class Context(Protocol):
 
     def text(self, phrases: Sequence[str]) -> Tensor:
         """Text embeddings `(len(phrases), D)`, not normalised. Raises `TextTowerError` if there are none."""
+        ...
+
+    def text_tower(self) -> TextTower:
+        """The text tower of the encoder whose columns the head reads, loaded now. Raises `TextTowerError` if it has none."""
         ...
 
     def batches(self) -> Iterator[Batch]:
@@ -92,8 +100,9 @@ class Context(Protocol):
 class Head(nn.Module):
     """Base of all heads. Construction: `Head(options, shapes, grid)`.
 
-    `shapes` maps each column the head reads to its per-row shape; `grid` is (rows, columns) of patches. Parameters are made
-    from the caller's seed; `initialise` then looks at the context.
+    `shapes` maps each column the head reads to its per-row shape: `(P, D)` patch tokens, `(D,)` one vector a view, `(h, w, C)`
+    feature maps. `grid` is (rows, columns) of the first of them that has one. Parameters are made from the caller's seed;
+    `initialise` then looks at the context. Heads give P depths a view, P counted on their `output_grid`.
     """
 
     Options: ClassVar[type[HeadOptions]]
@@ -102,22 +111,42 @@ class Head(nn.Module):
     """Whether training looks at no token of a patch that no loss counts: then those need not be held."""
 
     grid: tuple[int, int]
+    """Rows and columns of the depths that the head gives: its `output_grid`."""
+
+    @staticmethod
+    def output_grid(options: Any, shapes: Mapping[str, tuple[int, ...]], grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the depths of a view: by default those of the tokens; finer for a head with a decoder.
+
+        Targets come on this grid, and its cells become pixels as a protocol says.
+        """
+        return grid
 
     @staticmethod
     def reads(options: Any) -> tuple[str, ...]:
-        """The columns the head needs."""
+        """The columns that depth follows from."""
         raise NotImplementedError
+
+    @classmethod
+    def learns_from(cls, options: Any) -> tuple[str, ...]:
+        """The columns of a training batch: those, and what only the losses look at, such as `view/intrinsics`."""
+        return cls.reads(options)
 
     @staticmethod
     def phrases(options: Any) -> tuple[str, ...]:
         """The phrases whose text embeddings the head needs; none by default."""
         return ()
 
+    def attach(self, context: Context) -> None:
+        """Get hold of what training needs and a checkpoint does not hold, such as a frozen text tower. By default nothing.
+
+        Called before every training, a resumed one as well, and before `initialise`; never to evaluate or predict.
+        """
+
     def initialise(self, context: Context) -> None:
-        """Set what depends on texts or training data. By default nothing does."""
+        """Set what depends on texts or training data, before a new training. By default nothing does."""
 
     def phases(self) -> tuple[Phase, ...]:
-        """How the head wants to be optimised."""
+        """How the head wants to be optimised. No phase: nothing is trained, the head is ready once it is initialised."""
         raise NotImplementedError
 
     def losses(self, batch: Batch, phase: str) -> dict[str, Tensor]:
@@ -141,6 +170,16 @@ class Head(nn.Module):
     def forward(self, columns: Mapping[str, Tensor]) -> Tensor:
         """The same as `depth`."""
         return self.depth(columns)
+
+
+@torch.no_grad()
+def has_distribution(head: Head, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a head in evaluation mode gives a distribution: some do so by their options. Tried on columns of zeros."""
+    if type(head).distribution is Head.distribution:
+        return False
+    device = next((value.device for value in (*head.parameters(), *head.buffers())), torch.device("cpu"))
+    columns = {name: torch.zeros(1, *shapes[name], device=device) for name in head.reads(head.options)}
+    return head.distribution(columns) is not None
 
 
 def _to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:

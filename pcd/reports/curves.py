@@ -31,12 +31,13 @@ Panel = Callable[[Axes, Sequence[Entry]], None]
 def curves(history: Sequence[Entry], title: str) -> Figure:
     """Main validation metrics with their best epoch, losses by phase, learning rates; `history` has at least one epoch.
 
-    Phases may be longer than an epoch: over epochs that did not compute a loss its line is thin and dotted.
+    Phases may be longer than an epoch: over epochs that did not compute a loss its line is thin and dotted. A head that
+    has nothing to train has neither losses nor rates.
     """
     phases = list(dict.fromkeys(name.partition("/")[0] for entry in history for name in sorted(entry["losses"])))
     metrics = [name for name in MAIN if any(name in entry["metrics"] for entry in history)]
     above: list[Panel] = [partial(_metric, name=name) for name in metrics]
-    below: list[Panel] = [*(partial(_losses, phase=phase) for phase in phases), _rates]
+    below: list[Panel] = [*(partial(_losses, phase=phase) for phase in phases), _rates] if phases else []
     panels = [*_whole_rows(above), *_whole_rows(below)]
     with style():
         figure, axes = new_figure(_COLUMNS, len(panels) // _COLUMNS, width=10.4, height=2.7)

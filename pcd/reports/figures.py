@@ -176,7 +176,10 @@ def training(runs: Sequence[Curve]) -> Figure:
             which(StrMethodFormatter("{x:g}"))
         error.set(xlabel="epoch", ylabel="AbsRel", title="validation AbsRel")
         share.set(xlabel="epoch", ylabel="δ < 1.25", title="validation δ < 1.25")
-        losses.legend()
+        if losses.get_lines():
+            losses.legend()
+        else:
+            losses.set(title="nothing to train", yscale="linear", yticks=[])
         if len(runs) > 1:
             error.legend()
     return figure

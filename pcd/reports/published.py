@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 _FILE = Path(__file__).with_name("published.toml")
 
@@ -25,5 +25,14 @@ class Published:
 
 def published(family: str) -> list[Published]:
     """The rows for a family of datasets, `nyu` or `kitti`; none for others."""
-    rows = tomllib.loads(_FILE.read_text(encoding="utf-8"))["row"]
-    return [Published(**row) for row in rows if row["dataset"] == family]
+    return [Published(**row) for row in _rows() if row["dataset"] == family]
+
+
+def known_in_print() -> list[str]:
+    """The methods of all rows, each once."""
+    return list(dict.fromkeys(row["method"] for row in _rows()))
+
+
+def _rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = tomllib.loads(_FILE.read_text(encoding="utf-8"))["row"]
+    return rows

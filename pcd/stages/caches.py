@@ -12,18 +12,39 @@ from pcd.cache import Cache, Table, commits, provenance
 from pcd.cache.manifest import MANIFEST
 from pcd.errors import CacheError, MissingFileError
 from pcd.files import read_json
+from pcd.remote import AnyPath, RemotePath
 from pcd.stages.inspect import encoder_names
 
 
-def list_caches(folder: Path) -> list[dict[str, Any]]:
+def list_caches(folder: AnyPath) -> list[dict[str, Any]]:
     """One entry per cache under `folder` (itself included; links are followed), sorted by path.
 
     `seconds` is the age of the last extraction or repair. A cache that cannot be opened has an `error` and is otherwise empty.
     Raises `MissingFileError` if there is no such folder.
     """
+    if isinstance(folder, RemotePath):
+        return _remote_entries(folder)
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder; `pcd cache ls FOLDER` lists the caches under one.")
-    return [_entry(root) for root in sorted(_roots(folder))]
+    sizes = {
+        root: sum(Path(name, file).lstat().st_size for name, _, files in os.walk(root) for file in files)
+        for root in _roots(folder)
+    }
+    return [_entry(root, size) for root, size in sorted(sizes.items())]
+
+
+def _remote_entries(folder: RemotePath) -> list[dict[str, Any]]:
+    """The same of an object store, whose objects are all listed once."""
+    sizes: dict[RemotePath, int] = {}
+    found = dict(folder.walk())
+    for path in sorted(found, key=lambda path: (len(path.parents), path)):
+        if path.name == MANIFEST and not any(parent in sizes for parent in path.parent.parents) and _is_ours(path):
+            sizes[path.parent] = 0
+    for path, stat in found.items():
+        for root in path.parents:
+            if root in sizes:
+                sizes[root] += stat.st_size
+    return [_entry(root, size) for root, size in sorted(sizes.items())]
 
 
 def _roots(folder: Path) -> Iterator[Path]:
@@ -40,7 +61,7 @@ def _roots(folder: Path) -> Iterator[Path]:
             yield here
 
 
-def _is_ours(manifest: Path) -> bool:
+def _is_ours(manifest: AnyPath) -> bool:
     try:
         value = read_json(manifest)
     except (OSError, ValueError):
@@ -48,8 +69,7 @@ def _is_ours(manifest: Path) -> bool:
     return isinstance(value, dict) and value.get("format") == "pcd-cache"
 
 
-def _entry(root: Path) -> dict[str, Any]:
-    size = sum(Path(name, file).lstat().st_size for name, _, files in os.walk(root) for file in files)
+def _entry(root: AnyPath, size: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": str(root), "bytes": size}
     try:
         cache = Cache.open(root)
@@ -75,7 +95,7 @@ def _shards(table: Table, name: str) -> tuple[int, int]:
     return len(numbers & set(range(column.shards))), column.shards
 
 
-def _age(root: Path) -> float:
+def _age(root: AnyPath) -> float:
     """Seconds since something was extracted or repaired, or since the manifest was written if nobody noted that."""
     times = [entry["time"] for entry in provenance.records(root) if "time" in entry]
     stamp = datetime.fromisoformat(times[-1]).timestamp() if times else (root / MANIFEST).stat().st_mtime

@@ -11,10 +11,11 @@ from pcd.datasets import Dataset, Split
 from pcd.errors import DatasetError, FingerprintError, MissingFileError, SpaceError
 from pcd.fingerprint import differences
 from pcd.progress import Progress
+from pcd.remote import AnyPath, RemotePath
 from pcd.stages.plan import TablePlan, sizes
 
 
-def _refuse(root: Path, lines: list[str]) -> None:
+def _refuse(root: AnyPath, lines: list[str]) -> None:
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         raise FingerprintError(
@@ -65,6 +66,9 @@ def refuse_small_disk(cache: Cache, entries: dict[str, ColumnEntry], progress: P
     """Compare what is still to be written with what is free; compressed columns are not counted against it."""
     whole = sizes(cache.manifest, entries)
     surely = sum(size for name, size in whole.items() if not entries[name].spec.compress)
+    if isinstance(cache.root, RemotePath):
+        progress.say(f"{cache.root}: {surely / 1e9:.2f} GB of tokens and statistics")
+        return  # nobody knows how large a store is
     existing = sum(map(_size, cache.root.rglob("*")))
     free = shutil.disk_usage(cache.root).free
     progress.say(f"{cache.root}: {surely / 1e9:.2f} GB of tokens and statistics, {free / 1e9:.1f} GB free")

@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pcd
+from pcd.errors import StoreError
 from pcd.fingerprint import file_digest
+from pcd.remote import any_path
 
 TOKEN = ".workers"
 """File in the folder of a sweep by which workers tell that it is the one the sweep means; there while the sweep goes on."""
@@ -51,17 +53,25 @@ def examine(place: Place) -> dict[str, str]:
 
 def problem(place: Place) -> str:
     """What keeps this process from taking part, as the end of a sentence that begins with its name; "" if nothing does."""
+    try:
+        return _problem(place)
+    except StoreError as error:
+        return f"cannot use an object store there: {error}"
+
+
+def _problem(place: Place) -> str:
     own = versions()
     if own != place.versions:
         return f"has {_words(own)}; the {place.work} was started with {_words(place.versions)}"
-    manifest, root = Path(place.cache) / MANIFEST, Path(place.root)
+    manifest, root = any_path(place.cache) / MANIFEST, any_path(place.root)
     if not manifest.is_file():
         return f"does not find the cache {place.cache}"
     if file_digest(manifest) != place.manifest:
         return f"finds another cache than the {place.work}'s at {place.cache}"
     probe = root / f"{place.file}-{platform.node()}-{os.getpid()}"
     try:
-        os.listdir(root)  # noqa: PTH208  a network file system looks again for files that were not there before
+        if isinstance(root, Path):
+            os.listdir(root)  # noqa: PTH208  a network file system looks again for files that were not there before
         if (root / place.file).read_text(encoding="utf-8") != place.token:
             return f"finds another folder than the {place.work}'s at {place.root}"
         probe.write_bytes(b"")

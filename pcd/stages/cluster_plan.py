@@ -13,7 +13,7 @@ from pcd.stages.cluster_task import Task
 from pcd.stages.sweep_plan import SweepPlan, Variant
 from pcd.stages.together import Scoring, row_order, run_folder
 from pcd.training import checkpoints
-from pcd.training.loop import is_finished
+from pcd.training.loop import epochs_left
 
 KEY = "pcd-sweep"
 """How the names of tasks begin; a scheduler's dashboard shows it."""
@@ -75,4 +75,4 @@ def _epochs_left(variant: Variant, folder: Path) -> int:
         state = checkpoints.read_state(path)
     except CorruptError:  # the worker will say so
         return train.epochs
-    return 0 if is_finished(train, state["epoch"], state["stopping"]["wait"]) else train.epochs - int(state["epoch"])
+    return epochs_left(train, state)

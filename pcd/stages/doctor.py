@@ -16,7 +16,7 @@ from pcd.datasets import registry as datasets
 from pcd.encoders import registry as encoders
 from pcd.encoders.weights import cached_weights
 from pcd.heads import registry as heads
-from pcd.recipe import known_recipes
+from pcd.recipe_files import known_recipes
 
 PACKAGES = (
     "torch",

@@ -15,7 +15,7 @@ from pcd.export.staging import staging
 from pcd.files import read_json, write_json, write_text
 from pcd.recipe import Recipe, parse_recipe
 from pcd.stages.evaluate import EVALUATIONS, METRICS_FILE
-from pcd.stages.run_encoder import encoder_from, load_exportable, other_than_trained
+from pcd.stages.run_encoder import encoder_from, load_exportable, only_key, other_than_trained
 from pcd.stages.runs import Run, open_run
 
 
@@ -98,12 +98,12 @@ def _evaluations(run: Run, epoch: int) -> tuple[dict[str, dict[str, Any]], list[
 
 def _put_encoder(run: Run, weights: str | None, staged: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Write the encoder's image weights; returns the fingerprint of the encoder made from them, and what to tell."""
-    tensors = load_exportable(run, weights).image_weights()
+    key, tensors = only_key(run), load_exportable(run, weights).image_weights()
     if tensors is None:
         return None, ["the encoder's weights are drawn from their seed; there is no file to put in"]
     bundle.save_weights(staged / bundle.ENCODER_FILE, tensors)
-    fingerprint = encoder_from(run, str(staged / bundle.ENCODER_FILE)).fingerprint()
-    if lines := other_than_trained(run, fingerprint, ("weights", "text")):
+    fingerprint = encoder_from(run, key, str(staged / bundle.ENCODER_FILE)).fingerprint()
+    if lines := other_than_trained(run, key, fingerprint, ("weights", "text")):
         raise FingerprintError(f"the encoder's image weights alone make another encoder: {'; '.join(lines)}.")
     return fingerprint, []
 

@@ -22,7 +22,7 @@ from pcd.export.onnx import OnnxModel, check_onnx, require_onnx, write_onnx
 from pcd.export.staging import staging
 from pcd.files import publish
 from pcd.fingerprint import canonical
-from pcd.heads.base import Head
+from pcd.heads.base import has_distribution
 from pcd.progress import SILENT, Progress
 from pcd.stages.predict import Predictor
 from pcd.stages.run_encoder import load_exportable
@@ -104,7 +104,13 @@ def export_onnx(
     network = DepthNetwork(encoder.network(), head, run.plan, frame, tta=tta, upsample=upsample)
     metadata = _metadata(run, network, encoder, checkpoint, epoch)
     reference = Predictor(
-        run, checkpoint=checkpoint, weights=weights, device="cpu", tta=tta, upsample=upsample, uncertainty=_has_spread(head)
+        run,
+        checkpoint=checkpoint,
+        weights=weights,
+        device="cpu",
+        tta=tta,
+        upsample=upsample,
+        uncertainty=has_distribution(head, run.info["shapes"]),
     )
     with staging(out) as folder:
         progress.say("tracing the network")
@@ -126,10 +132,6 @@ def _in_fp32(run: Run) -> Run:
         name: {**entry, "table": {**entry["table"], "precision": "fp32"}} for name, entry in run.info["encoders"].items()
     }
     return replace(run, info={**run.info, "encoders": encoders})
-
-
-def _has_spread(head: Head) -> bool:
-    return type(head).distribution is not Head.distribution
 
 
 def _metadata(run: Run, network: DepthNetwork, encoder: Encoder, checkpoint: str, epoch: int) -> dict[str, str]:

@@ -7,24 +7,25 @@ committed is never computed again; an interrupted extraction continues with the 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pcd.cache import Cache, provenance
 from pcd.cache.compact import TokenForm
 from pcd.cache.lock import sharing, writing
 from pcd.datasets import create_dataset
-from pcd.encoders import request_of, split_name
-from pcd.errors import UsageError
+from pcd.encoders import key_of, request_of
+from pcd.errors import RecipeError, UsageError
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
+from pcd.remote import AnyPath, any_path
 from pcd.stages.checks import refuse_other_samples
 from pcd.stages.extract_plan import Order, Ready, located_encoder, prepare, undisturbed
 from pcd.stages.frames import located
-from pcd.stages.needs import asked_by, columns_of, needs_of_all
+from pcd.stages.needs import asked_by, columns_of_all, needs_of_all
 from pcd.stages.parts import Part
 from pcd.stages.plan import plan_manifest, plan_tables, refuse_other_form, view_plan
 from pcd.stages.shard_results import Results, refuse_failures, unexplained
@@ -51,22 +52,24 @@ class Extraction:
 
 def extract(
     recipe: Recipe,
-    root: Path,
+    root: str | AnyPath,
     *,
     device: str = "auto",
     on_error: OnError = "stop",
     batch_views: int | None = None,
     tokens: TokenForm | None = None,
     also: Sequence[Recipe] = (),
+    together: Sequence[Recipe] = (),
     workers: int = 1,
     dask: str | None = None,
     part: str | None = None,
     progress: Progress = SILENT,
 ) -> Extraction:
-    """Fill the cache in folder `root` with what `recipe` needs; returns at once if everything is there.
+    """Fill the cache in folder `root`, or at such an address, with what `recipe` needs; returns at once if everything is there.
 
-    That is what its encoder always makes, the columns that its head reads beside those (layers), texts and ground truth. What
-    the recipes in `also` need beside tokens (texts to embed, other ways to resize the depth) is made in the same pass.
+    That is what its encoders always make, the columns that its head reads beside those (layers), texts and ground truth; each
+    encoder passes over the views by itself. What the recipes in `also` need beside tokens (texts to embed, other ways to resize
+    the depth) is made in the pass of the first; those in `together` are served as `recipe` is, a pass for each encoder of all.
     `tokens` says how patch tokens are stored; absent: as the cache has them, float16 in a new one.
 
     It is done by so many `workers` (processes) on this machine, or by those of the scheduler at the address `dask`; `part`,
@@ -74,41 +77,89 @@ def extract(
     `SpaceError`, `FingerprintError` if the cache was made another way, and `IncompleteError` for shards that no worker could
     write.
     """
-    begun, share = time.monotonic(), _share(workers, dask, part)
+    how = _How(device, on_error, batch_views, tokens, workers, dask, _share(workers, dask, part), progress)
+    root = any_path(root)
+    first, *others = _passes([recipe, *together])
+    whole = _extract_one(first, root, how, also, last=not others)
+    for number, served in enumerate(others, start=1):
+        more = _extract_one(served, root, how, last=number == len(others))
+        whole = Extraction(more.cache, whole.encoded + more.encoded, whole.skipped | more.skipped, max(whole.left, more.left))
+    return whole
+
+
+def _passes(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
+    """The recipes that one encoder serves, each with that encoder, in the order in which encoders are first named.
+
+    They share a canvas; ground truth and texts may differ. Raises `RecipeError` for another dataset or canvas.
+    """
+    for other in recipes[1:]:
+        for part in ("dataset", "views"):
+            mine, theirs = getattr(recipes[0], part), getattr(other, part)
+            if part == "views":
+                mine, theirs = (view.model_copy(update={"depth_resize": "nearest"}) for view in (mine, theirs))
+            if mine != theirs:
+                raise RecipeError(f"recipes {recipes[0].name} and {other.name} differ in [{part}]: they cannot share a cache.")
+    found: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        for one in recipe.one_by_one():
+            found.setdefault(repr(sorted(one.encoder.items())), []).append(one)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is the same for all encoders of an extraction."""
+
+    device: str
+    on_error: OnError
+    batch_views: int | None
+    tokens: TokenForm | None
+    workers: int
+    dask: str | None
+    part: Part | None
+    progress: Progress
+
+
+def _extract_one(served: Sequence[Recipe], root: AnyPath, how: _How, also: Sequence[Recipe] = (), *, last: bool) -> Extraction:
+    """The pass of the encoder that the recipes `served` name; `last` if no other follows."""
+    begun, recipe, recipes, progress = time.monotonic(), served[0], [*served, *also], how.progress
+    columns = partial(columns_of_all, served)
     dataset = create_dataset(recipe.dataset["name"], recipe.options("dataset"), "dataset")
-    tables, recipes = plan_tables(dataset), [recipe, *also]
+    tables = plan_tables(dataset)
     wanted = plan_manifest(dataset, view_plan(dataset, recipe.views), tables)
-    kind = split_name(recipe.encoder["name"])[0]
+    key = key_of(recipe.encoder)
     request = request_of(recipe.encoder["name"], recipe.options("encoder"), "encoder")
     for note in dataset.notes:
         progress.say(note)
     if (root / "manifest.json").exists():
         cache = Cache.open(root)
         refuse_other_samples(cache, wanted)
-        refuse_other_form(cache, tokens)
+        refuse_other_form(cache, how.tokens)
         noted = (root / provenance.PROVENANCE).is_file()  # not if the last extraction ended right behind its last commit
-        if noted and _nothing_to_do(cache, kind, request, recipes):
+        if noted and _nothing_to_do(cache, key, request, recipes, columns):
             progress.say(f"{root} is complete: {describe_rows(cache)}. Nothing to do.")
             return Extraction(cache, 0, {})
     order = Order(
         recipes=recipes,
+        columns=columns(),
+        last=last,
         root=root,
         dataset=dataset,
         tables=tables,
         wanted=wanted,
-        kind=kind,
+        key=key,
         request=request,
-        device=device,
-        on_error=on_error,
-        batch_views=batch_views,
-        tokens=tokens,
-        workers=workers,
-        dask=dask,
-        part=share,
+        device=how.device,
+        on_error=how.on_error,
+        batch_views=how.batch_views,
+        tokens=how.tokens,
+        workers=how.workers,
+        dask=how.dask,
+        part=how.part,
         progress=progress,
     )
     with ExitStack() as held:
-        held.enter_context(writing(root) if share is None else sharing(root))
+        held.enter_context(writing(root) if how.part is None else sharing(root))
         return _carry_out(order, prepare(order, held), begun)
 
 
@@ -122,19 +173,21 @@ def _share(workers: int, dask: str | None, part: str | None) -> Part | None:
     return None if part is None else Part.parse(part)
 
 
-def _nothing_to_do(cache: Cache, kind: str, request: dict[str, Any], recipes: Sequence[Recipe]) -> bool:
+def _nothing_to_do(
+    cache: Cache, key: str, request: dict[str, Any], recipes: Sequence[Recipe], columns: Callable[[], Collection[str]]
+) -> bool:
     """Whether the cache holds all that is asked; the same question as last time is answered without importing torch.
 
-    The first recipe is the one whose tokens are wanted.
+    `columns` are those that heads read.
     """
-    before = cache.manifest.encoders.get(kind, {})
+    before = cache.manifest.encoders.get(key, {})
     if before.get("request") != request or not cache.complete:
         return False
     if before.get("asked") == asked_by(recipes):
         return True
     needs = needs_of_all(recipes)
-    wanted = {*(f"{TRUTH[resize]}/canvas" for resize in needs.resizes), *columns_of(recipes[0])}
-    return wanted <= set(cache.manifest.columns) and not lacks_texts(cache, needs.phrases)
+    wanted = {*(f"{TRUTH[resize]}/canvas" for resize in needs.resizes), *columns()}
+    return wanted <= set(cache.manifest.columns) and not lacks_texts(cache, key, needs.phrases)
 
 
 def _carry_out(order: Order, ready: Ready, begun: float) -> Extraction:

@@ -19,6 +19,7 @@ from pcd.errors import CacheError
 from pcd.fingerprint import file_digest
 from pcd.progress import Progress
 from pcd.recipe import Recipe, parse_table
+from pcd.remote import AnyPath
 from pcd.stages.checks import (
     native_size,
     refuse_missing_files,
@@ -27,9 +28,9 @@ from pcd.stages.checks import (
     refuse_small_disk,
 )
 from pcd.stages.frames import located
-from pcd.stages.needs import Needs, asked_by, columns_of, needs_of_all
+from pcd.stages.needs import Needs, asked_by, needs_of_all
 from pcd.stages.parts import Part
-from pcd.stages.plan import TablePlan, asked_before, plan_columns
+from pcd.stages.plan import VIEW_CAMERA, TablePlan, asked_before, plan_columns
 from pcd.stages.shard_task import Job, Kit, ShardTask, shard_tasks
 from pcd.stages.texts import embed_texts
 
@@ -47,11 +48,15 @@ class Order:
     """What is asked for, and what follows from it without opening an image."""
 
     recipes: Sequence[Recipe]
-    root: Path
+    columns: Sequence[str]
+    """Those that heads read."""
+    last: bool
+    """Whether no other encoder follows."""
+    root: AnyPath
     dataset: Dataset
     tables: list[TablePlan]
     wanted: Manifest
-    kind: str
+    key: str
     request: dict[str, Any]
     device: str
     on_error: OnError
@@ -64,7 +69,7 @@ class Order:
 
     @property
     def recipe(self) -> Recipe:
-        """The one whose tokens are wanted."""
+        """One that names the encoder whose tokens are wanted."""
         return self.recipes[0]
 
 
@@ -94,8 +99,8 @@ def prepare(order: Order, held: ExitStack) -> Ready:
         if order.part is not None:
             held.enter_context(holding(order.root, f"{PART}{order.part.name}", _Taken(order.root, order.part)))
         there = Manifest.read(order.root) if (order.root / MANIFEST).exists() else order.wanted
-        encoder = _with_asked_columns(encoder, recipe, there, order.progress)
-        entries = plan_columns(there, encoder, needs.resizes, native, order.tokens)
+        encoder = _with_asked_columns(encoder, order, there)
+        entries = plan_columns(there, encoder, needs.resizes, native, order.tokens, order.columns)
         cache = _write_plan(order, encoder, entries, needs)
     job = Job(
         cache=str(order.root.absolute()),
@@ -118,7 +123,7 @@ def prepare(order: Order, held: ExitStack) -> Ready:
 class _Taken:
     """Refuses a part that somebody else is writing."""
 
-    def __init__(self, root: Path, part: Part) -> None:
+    def __init__(self, root: AnyPath, part: Part) -> None:
         self._root, self._part = root, part
 
     def __call__(self, holder: str) -> None:
@@ -144,12 +149,14 @@ def undisturbed(order: Order) -> Iterator[None]:
         yield
 
 
-def _with_asked_columns(encoder: Encoder, recipe: Recipe, there: Manifest, progress: Progress) -> Encoder:
-    """The encoder with the columns that the recipe's head reads, and those that a head before asked this cache for."""
-    encoder = with_columns(encoder, [*columns_of(recipe), *asked_before(there, encoder)])
-    known = {spec.name for spec in encoder.columns} | there.columns.keys()
-    if missing := [name for name in columns_of(recipe) if name not in known]:
-        progress.say(f"The head reads {', '.join(missing)}, which {recipe.encoder['name']} does not make; it cannot train so.")
+def _with_asked_columns(encoder: Encoder, order: Order, there: Manifest) -> Encoder:
+    """The encoder with the columns that heads read, and those that a head before asked this cache for."""
+    encoder = with_columns(encoder, [*order.columns, *asked_before(there, encoder)])
+    known = {spec.name for spec in encoder.columns} | there.columns.keys() | {VIEW_CAMERA}
+    missing = [name for name in order.columns if name not in known]
+    if missing and order.last:  # else one that comes later may make them
+        made = order.recipe.encoder["name"]
+        order.progress.say(f"The head reads {', '.join(missing)}, which {made} does not make; it cannot train so.")
     return encoder
 
 
@@ -167,17 +174,17 @@ def _write_plan(order: Order, encoder: Encoder, entries: dict[str, ColumnEntry],
     refuse_small_disk(cache, entries, order.progress)
     known: dict[str, Any] = {"table": order.recipe.encoder, "request": order.request}
     whole = {**known, "asked": asked_by(order.recipes)}
-    if new or manifest.encoders.get(order.kind) != whole:
-        manifest.encoders[order.kind] = known
+    if new or manifest.encoders.get(order.key) != whole:
+        manifest.encoders[order.key] = known
         cache.add_columns(entries)
     embed_texts(cache, encoder, needs.phrases, order.progress)
-    if manifest.encoders[order.kind] != whole:
-        manifest.encoders[order.kind] = whole
+    if manifest.encoders[order.key] != whole:
+        manifest.encoders[order.key] = whole
         manifest.write(order.root)
     return cache
 
 
-def _open_or_create(root: Path, wanted: Manifest, tables: list[TablePlan]) -> Cache:
+def _open_or_create(root: AnyPath, wanted: Manifest, tables: list[TablePlan]) -> Cache:
     if not (root / MANIFEST).exists():
         return Cache.create(root, wanted, {table.name: table.keys for table in tables})
     cache = Cache.open(root)

@@ -29,6 +29,7 @@ from pcd.cache.lock import LOCK
 from pcd.errors import RunError
 from pcd.files import write_text
 from pcd.progress import Progress
+from pcd.remote import AnyPath, any_path
 from pcd.stages.cluster import APPEAR, Bar, checked_workers, connected
 from pcd.stages.cluster_check import Place, versions
 from pcd.stages.extract_worker import Local, Quiet, do_task
@@ -64,7 +65,7 @@ def run_on_workers(
             local = Local(threads=max(1, CPU_COUNT // workers))
             _Dispatch(client, job, local, results, progress, logs=logs).run(tasks)
         return
-    root = Path(job.cache)
+    root = any_path(job.cache)
     with connected(address) as client, _token(root) as place:
         number = checked_workers(client, address, place(job))
         progress.say(f"{len(tasks)} shards for {number} workers of {address}")
@@ -76,7 +77,7 @@ def run_on_workers(
 
 
 @contextmanager
-def _token(root: Path) -> Iterator[Any]:
+def _token(root: AnyPath) -> Iterator[Any]:
     """A file by which workers tell that the folder they see is this one; gives what makes their `Place`."""
     token, file = secrets.token_hex(8), f"{LOCK}.workers"
     write_text(root / file, token)
@@ -315,7 +316,7 @@ def _free(client: Client) -> None:
         return  # the scheduler is gone, or some worker is
 
 
-def _await(root: Path, tasks: list[ShardTask], results: Results, address: str) -> None:
+def _await(root: AnyPath, tasks: list[ShardTask], results: Results, address: str) -> None:
     """Wait for the commit records of what was written; a network file system may show them late. Raises `RunError`."""
     failed = {failure.task for failure in results.failures}
     todo = [task for task in tasks if task not in failed] if not results.given_up else []

@@ -22,7 +22,7 @@ def facts_of(run: Run, cache: Cache, document: Mapping[str, Any]) -> list[tuple[
         ("scored on", f"{document['split']} of {document['cache']}: {_scored(document)}"),
         ("views", f"canvas {_size(plan.canvas)}, {plan.tiles} tile(s), {'with' if plan.flips else 'without'} mirrored views"),
         *(("encoder", line) for line in encoder_lines(run)),
-        ("head", f"{recipe.head['name']}, {parameters:,} parameters, grid {_size(run.grid)} patches per view"),
+        ("head", f"{recipe.head['name']}, {parameters:,} parameters, {_grids(run)}"),
         ("training", "not known: an exported bundle" if run.bundle else _training(run.history)),
         ("weights scored", f"epoch {document['epoch']}, best for {document['checkpoint']}; sha256 {document['weights'][:16]}"),
         ("seed", str(recipe.train.seed)),
@@ -44,6 +44,11 @@ def encoder_lines(run: Run) -> list[str]:
     return list(found)
 
 
+def _grids(run: Run) -> str:
+    decoded = "" if run.grid == run.patches else f", depth on {_size(run.grid)}"
+    return f"grid {_size(run.patches)} patches per view{decoded}"
+
+
 def _range(depth_range: list[float]) -> str:
     return f"{depth_range[0]:g} to {depth_range[1]:g} m"
 
@@ -59,4 +64,6 @@ def _scored(document: Mapping[str, Any]) -> str:
 
 def _training(history: list[dict[str, Any]]) -> str:
     seconds = sum(epoch["seconds"] for epoch in history)
+    if not history[-1]["step"]:
+        return "nothing to train"
     return f"{len(history)} epochs, {history[-1]['step']} steps, {seconds / 60:.1f} min"

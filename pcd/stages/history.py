@@ -80,7 +80,8 @@ def curves_title(run: Run, history: Sequence[Entry]) -> str:
     """Two lines: run, data and encoder; then how far training went, the protocol of validation, and the run's labels."""
     done, settings = history[-1]["epoch"], run.recipe.train
     encoders = " and ".join(line.partition(",")[0] for line in encoder_lines(run))
-    shown = f"epoch {done} of at most {settings.epochs}, seed {settings.seed}, validation protocol {settings.protocol}"
+    trained = f"epoch {done} of at most {settings.epochs}" if history[-1]["step"] else "nothing to train"
+    shown = f"{trained}, seed {settings.seed}, validation protocol {settings.protocol}"
     return f"{run.name}: {run.info['dataset']['name']}, {encoders}\n" + "; ".join((shown, *run.labels))
 
 

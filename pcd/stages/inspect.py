@@ -7,6 +7,7 @@ from typing import Any
 
 from pcd.cache import Cache, commits, provenance
 from pcd.cache.compact import as_read, is_compact
+from pcd.cache.objects import each
 from pcd.fingerprint import digest
 from pcd.stages.extract import describe_rows
 from pcd.stages.runs import labels
@@ -49,11 +50,8 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
 def _column(cache: Cache, name: str) -> dict[str, Any]:
     entry = cache.manifest.columns[name]
     tables = [cache.table(table).column(name) for table in entry.tables]
-    records = [
-        commits.read(cache.root, column.table, name, shard)
-        for column in tables
-        for shard in commits.committed(cache.root, column.table, name)
-    ]
+    places = [(column.table, shard) for column in tables for shard in commits.committed(cache.root, column.table, name)]
+    records = each(lambda place: commits.read(cache.root, place[0], name, place[1]), places, cache.root)
     spec = as_read(entry).spec
     return {
         "name": name,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pcd.fingerprint import digest
 from pcd.heads import head_options
-from pcd.recipe import Recipe, known_recipes, load_recipe
+from pcd.recipe import Recipe
+from pcd.recipe_files import known_recipes, load_recipe
 from pcd.stages.sweep_files import prompts_of_sweeps
 from pcd.views import DepthResize
 
@@ -34,9 +35,14 @@ def needs_of(recipe: Recipe) -> Needs:
 
 
 def columns_of(recipe: Recipe) -> tuple[str, ...]:
-    """The columns that the recipe's head reads. Raises `RecipeError` for a head that cannot be made."""
+    """The columns that the recipe's head learns from. Raises `RecipeError` for a head that cannot be made."""
     cls, options = head_options(recipe.head, f"recipe {recipe.name}: head")
-    return cls.reads(options)
+    return cls.learns_from(options)
+
+
+def columns_of_all(recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """The columns that their heads read, each once."""
+    return tuple(dict.fromkeys(name for recipe in recipes for name in columns_of(recipe)))
 
 
 def needs_of_all(recipes: Sequence[Recipe]) -> Needs:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pcd.cache import Cache, ColumnEntry, provenance
 from pcd.datasets import Dataset, Sample, Split
-from pcd.encoders import create_encoder, with_columns
+from pcd.encoders import create_encoder, key_of, with_columns
 from pcd.errors import CacheError, MissingFileError, SampleError
 from pcd.stages.checks import native_size
 from pcd.stages.frames import open_dataset
@@ -53,7 +53,7 @@ class Origin:
     @cached_property
     def encoders(self) -> list[Encoder]:
         """Every encoder that filled columns, in the precision of then, making all the columns it made."""
-        return [self._encoder(kind) for kind in self.cache.manifest.encoders]
+        return [self.encoder(key) for key in self.cache.manifest.encoders]
 
     @property
     def resizes(self) -> list[DepthResize]:
@@ -69,17 +69,17 @@ class Origin:
         """What an extraction with this encoder would make."""
         return plan_columns(self.cache.manifest, encoder, self.resizes, native_size(self.dataset, self.tables))
 
-    def _encoder(self, kind: str) -> Encoder:
+    def encoder(self, key: str) -> Encoder:
+        """The encoder of that key, see `Manifest.encoders`."""
         manifest, place = self.cache.manifest, self.place
-        table: dict[str, Any] = dict(manifest.encoders[kind]["table"])
+        table: dict[str, Any] = dict(manifest.encoders[key]["table"])
         placed = [entry["encoder_table"] for entry in provenance.records(self.cache.root) if "encoder_table" in entry]
-        table |= next((known for known in reversed(placed) if known.get("name") == table["name"]), {})
+        table |= next((known for known in reversed(placed) if known["name"] == table["name"] and key_of(known) == key), {})
         if place.weights is not None:
             table["weights"] = place.weights
-        for column in manifest.columns.values():
-            made_by = column.fingerprint.get("encoder", {})
-            if "precision" in made_by and made_by.get("encoder") == kind:
-                table["precision"] = made_by["precision"]
+        for name, column in manifest.columns.items():
+            if manifest.encoder_of(name) == key and "precision" in column.fingerprint["encoder"]:
+                table["precision"] = column.fingerprint["encoder"]["precision"]
         encoder = create_encoder(table.pop("name"), table, manifest.plan.view_size, place.device, "encoder")
         return with_columns(encoder, asked_before(manifest, encoder))
 

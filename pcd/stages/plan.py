@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 MIN_SHARD_BYTES = 50_000_000
 """A shard holds the smallest power of two of samples that gives the widest column this many bytes: 50 to 100 MB."""
 MAX_SHARD_ROWS = 1024
+MIN_PATCH_PIXELS = 16
+"""Statistics of smaller patches, 14 bytes each, would take more room than the depth they follow from."""
 SPLIT_SEED = 0
+VIEW_CAMERA = "view/intrinsics"
+"""Column of the cameras of all views, made only when a head reads it."""
 OUTPUT = "output"
 """The key of a column's fingerprint that says which output of its encoder it is, if not one that is always made."""
 VAL_FRACTION = 0.1
@@ -119,11 +123,13 @@ def plan_columns(
     resizes: Sequence[DepthResize],
     native_size: tuple[int, int] | None,
     tokens: TokenForm | None = None,
+    asked: Collection[str] = (),
 ) -> dict[str, ColumnEntry]:
     """Entries of all columns that this encoder and the ground truth, brought to the canvas in each of `resizes`, give.
 
     `native_size` (height, width) holds the largest stored frame of val and test, or None if there are neither. `tokens` is how
-    patch tokens are stored; absent: as those that `manifest` has, float16 if it has none. Raises `UsageError` if they are to be
+    patch tokens are stored; absent: as those that `manifest` has, float16 if it has none. `asked` may name `VIEW_CAMERA`, which
+    is made for heads that read it. Raises `UsageError` if they are to be
     int8 and the encoder makes none that can be.
     """
     found = stored_form(manifest)
@@ -137,13 +143,17 @@ def plan_columns(
         spec: {**viewed, "column": spec.name, "encoder": encoder.fingerprint(), **_output(encoder, spec.name)}
         for spec in encoder.columns
     }
-    rule = {**PixelRule(*manifest.dataset["depth_range"]).as_json(), "grid": list(encoder.grid)}
+    grid = _grid_of_truth(manifest, encoder)
+    rule = {**PixelRule(*manifest.dataset["depth_range"]).as_json(), "grid": list(grid)}
     fingerprints = made_by_encoder | {
         spec: {**viewed, "resize": resize, "rule": rule, "column": spec.name}
         for resize in resizes
-        for spec in _truth_columns(manifest, encoder.grid, TRUTH[resize])
+        for spec in _truth_columns(manifest, grid, TRUTH[resize])
     }
     fingerprints |= {spec: {**shared, "column": spec.name} for spec in _sample_columns()}
+    if VIEW_CAMERA in asked or VIEW_CAMERA in manifest.columns:
+        spec = ColumnSpec(VIEW_CAMERA, (4,), "float32", ("parameter",), "fx, fy, cx, cy in pixels of the view, NaN = unknown")
+        fingerprints[spec] = {**viewed, "column": spec.name}
     everywhere = tuple(manifest.tables)
     entries = {spec.name: ColumnEntry(spec, 0, everywhere, fingerprint) for spec, fingerprint in fingerprints.items()}
     entries |= {name: compact.compacted(entries[name]) for name in coded}
@@ -180,23 +190,38 @@ def asked_before(manifest: Manifest, encoder: Encoder) -> list[str]:
     ]
 
 
+def _grid_of_truth(manifest: Manifest, encoder: Encoder) -> tuple[int, int]:
+    """The patches that statistics of the ground truth are stored for: those of the encoder that was first."""
+    rules = [entry.fingerprint["rule"] for entry in manifest.columns.values() if "rule" in entry.fingerprint]
+    rows, columns = rules[0]["grid"] if rules else encoder.grid
+    return rows, columns
+
+
 def _truth_columns(manifest: Manifest, grid: tuple[int, int], group: str) -> list[ColumnSpec]:
-    patches = (grid[0] * grid[1],)
+    """The canvas, and what its patches hold if they are large enough for that to save anything."""
+    statistics, (height, width) = _statistics_columns(grid, group), manifest.plan.view_size
+    if height * width < MIN_PATCH_PIXELS * grid[0] * grid[1]:
+        statistics = []
     units = depths.units_for(manifest.dataset["depth_range"][1])
+    canvas = ColumnSpec(
+        f"{group}/canvas",
+        manifest.plan.view_size,
+        "uint16",
+        ("y", "x"),
+        "ground truth on the canvas, 0 = missing",
+        compress=True,
+        units_per_metre=units,
+    )
+    return [*statistics, canvas]
+
+
+def _statistics_columns(grid: tuple[int, int], group: str) -> list[ColumnSpec]:
+    patches = (grid[0] * grid[1],)
     return [
         ColumnSpec(f"{group}/present", patches, "uint16", ("patch",), "pixels of the patch that have any depth"),
         ColumnSpec(f"{group}/count", patches, "uint16", ("patch",), "pixels of the patch inside the depth range"),
         ColumnSpec(f"{group}/mean", patches, "float32", ("patch",), "their mean depth in metres (equation 1)"),
         ColumnSpec(f"{group}/var", patches, "float32", ("patch",), "their population variance in square metres"),
-        ColumnSpec(
-            f"{group}/canvas",
-            manifest.plan.view_size,
-            "uint16",
-            ("y", "x"),
-            "ground truth on the canvas, 0 = missing",
-            compress=True,
-            units_per_metre=units,
-        ),
     ]
 
 

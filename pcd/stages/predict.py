@@ -14,7 +14,7 @@ from torch import Tensor
 from pcd.device import resolve_device
 from pcd.errors import UsageError
 from pcd.evaluation.protocol import Upsample
-from pcd.heads.base import Head
+from pcd.heads.base import has_distribution
 from pcd.prediction.canvas import canvas_of
 from pcd.prediction.result import Prediction
 from pcd.prediction.saves import Save
@@ -22,7 +22,7 @@ from pcd.prediction.sources import Source, batched, read_frames
 from pcd.prediction.windows import Layout, Windows, lay_out
 from pcd.prediction.writers import Output, Writer
 from pcd.progress import SILENT, Progress
-from pcd.stages.run_encoder import load_encoder
+from pcd.stages.run_encoder import RunEncoders
 from pcd.stages.runs import Run
 from pcd.views import FloatArray, ViewPlan
 
@@ -63,9 +63,9 @@ class Predictor:
         self._layouts = self._lay_out(scales, overlap)
         self._views_at_once, self.batch = self._batches(batch)
         self._head, self.epoch = run.load_head(checkpoint, self._device)
-        if uncertainty and type(self._head).distribution is Head.distribution:
+        if uncertainty and not has_distribution(self._head, run.info["shapes"]):
             raise UsageError(self._no_distribution())
-        self._encoder = load_encoder(run, weights, device)
+        self._encoder = RunEncoders(run, weights, device)
 
     def _lay_out(self, scales: Sequence[float], overlap: float) -> list[Layout]:
         if not scales:

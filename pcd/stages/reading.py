@@ -14,7 +14,7 @@ from pcd.cache import Cache, Table
 from pcd.recipe import Recipe, Supervision
 from pcd.training.rows import TrainingRows
 from pcd.training.sources import JoinedRows, Placed, Residency, Rows, place_rows
-from pcd.training.targets import RowTargets, row_targets
+from pcd.training.targets import StreamedTargets, Targets, training_targets
 
 T = TypeVar("T")
 Keep = npt.NDArray[np.bool_] | None
@@ -37,9 +37,10 @@ class Reading:
         settings: Mapping[str, Supervision],
         depth_range: tuple[float, float],
         group: str,
-    ) -> Mapping[str, RowTargets]:
-        """Targets of `rows`; see `pcd.training.targets.row_targets`."""
-        return row_targets(table, rows, grid, settings, depth_range, group)
+        hold: bool | None = None,
+    ) -> Mapping[str, Targets]:
+        """Targets of `rows`; see `pcd.training.targets.training_targets`."""
+        return training_targets(table, rows, grid, settings, depth_range, group, hold)
 
     def prepared(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives for `key`."""
@@ -78,9 +79,9 @@ class SharedReading(Reading):
                 self._placed[key] = super().columns(table, (name,), shared, residency, device)
                 words.append(f"{name}: {self._placed[key].words}")
             found[name] = self._placed[key]
-        ahead = max(placed.ahead for placed in found.values())
+        ahead, threads = (max(getattr(placed, name) for placed in found.values()) for name in ("ahead", "threads"))
         joined = JoinedRows({name: placed.source for name, placed in found.items()})
-        return Placed(joined, "; ".join(words) or "columns shared with the runs before", ahead)
+        return Placed(joined, "; ".join(words) or "columns shared with the runs before", ahead, threads)
 
     def targets(
         self,
@@ -90,12 +91,13 @@ class SharedReading(Reading):
         settings: Mapping[str, Supervision],
         depth_range: tuple[float, float],
         group: str,
-    ) -> Mapping[str, RowTargets]:
-        """The targets of another training, if it asked for the same."""
+        hold: bool | None = None,
+    ) -> Mapping[str, Targets]:
+        """The targets of another training, if it asked for the same, held or not unless `hold` says which."""
         key = (table.name, rows.tobytes(), grid, tuple(settings.items()), depth_range, group)
         found = self._targets.get(key)
-        if found is None:
-            found = self._targets[key] = _Targets(super().targets(table, rows, grid, settings, depth_range, group))
+        if found is None or (hold is not None and hold is found.streamed):
+            found = self._targets[key] = _Targets(super().targets(table, rows, grid, settings, depth_range, group, hold))
         return found
 
     def prepared(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -106,8 +108,13 @@ class SharedReading(Reading):
         return found
 
 
-class _Targets(dict[str, RowTargets]):
+class _Targets(dict[str, Targets]):
     """A dictionary that can be referred to weakly."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether they are made for each batch."""
+        return any(isinstance(target, StreamedTargets) for target in self.values())
 
 
 def shared_reading(cache: Cache, recipes: Iterable[Recipe]) -> SharedReading:

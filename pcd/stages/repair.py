@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from pcd.cache import Cache, ColumnEntry, Table, commits, provenance
@@ -24,6 +24,7 @@ from pcd.errors import CacheError, CorruptError, FingerprintError, PcdError
 from pcd.files import write_bytes, write_json
 from pcd.fingerprint import differences, digest
 from pcd.progress import SILENT, Progress
+from pcd.remote import AnyPath
 from pcd.stages.needs import needs_of_all, shipped_recipes
 from pcd.stages.origin import Origin, Place
 from pcd.stages.shard_task import device_name, fill_table, views_per_batch
@@ -54,7 +55,7 @@ class Repair:
         return True
 
 
-def repair(root: Path, faults: list[Fault], place: Place = HERE, progress: Progress = SILENT) -> Repair:
+def repair(root: AnyPath, faults: list[Fault], place: Place = HERE, progress: Progress = SILENT) -> Repair:
     """Mend what `faults`, found by `pcd.stages.verify.verify`, name.
 
     Raises `CacheError` if the cache is being written, cannot be written, or has no manifest that can be read.
@@ -65,7 +66,7 @@ def repair(root: Path, faults: list[Fault], place: Place = HERE, progress: Progr
         _mend_files(origin, list(dict.fromkeys(fault.path for fault in faults if fault.path)), done)
         if shards := damaged_shards(faults):
             done.attempt(_count(shards), lambda: _mend_shards(origin, shards, done, progress))
-        for folder in dict.fromkeys(Path(fault.path).parent for fault in faults if fault.path.startswith(f"{TEXT}/")):
+        for folder in dict.fromkeys(PurePosixPath(f.path).parent for f in faults if f.path.startswith(f"{TEXT}/")):
             done.attempt(folder.as_posix(), _Call(_mend_text, origin, cache.root / folder))
         if done.mended:
             facts = {"device": device_name(place.device), "repaired": done.mended, "notes": done.notes, "skipped": {}}
@@ -204,7 +205,7 @@ def _dropped(table: Table, shards: list[tuple[str, int]]) -> Iterator[None]:
         raise
 
 
-def _mend_text(origin: Origin, folder: Path) -> None:
+def _mend_text(origin: Origin, folder: AnyPath) -> None:
     """Embed the phrases again; if nobody knows them any more, drop the metadata, so that `extract` embeds what it needs."""
     cache = origin.cache
     for encoder in origin.encoders:
@@ -217,7 +218,7 @@ def _mend_text(origin: Origin, folder: Path) -> None:
     raise CacheError("nothing says which phrases it holds. It was dropped; the same `pcd extract` embeds them again.")
 
 
-def _known_phrases(origin: Origin, folder: Path) -> list[list[str]]:
+def _known_phrases(origin: Origin, folder: AnyPath) -> list[list[str]]:
     """Lists of phrases that may be meant: the damaged metadata's own, those of past extractions, those of the recipes."""
     known = [texts for entry in provenance.records(origin.cache.root) for texts in entry.get("texts", [])]
     known += [list(texts) for texts in needs_of_all(shipped_recipes(origin.cache.manifest.dataset["name"])).phrases]

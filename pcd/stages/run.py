@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
+from pcd.remote import AnyPath
 from pcd.stages.evaluate import Evaluation, evaluate
 from pcd.stages.extract import extract
 from pcd.stages.needs import shipped_recipes
@@ -29,7 +30,7 @@ class Outcome:
 
 def run_recipe(
     recipe: Recipe,
-    cache: Path,
+    cache: str | AnyPath,
     root: Path | None = None,
     *,
     device: str = "auto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 import pcd
-from pcd.cache import Cache
-from pcd.errors import FingerprintError, RunError
+from pcd.cache import Cache, ColumnEntry
+from pcd.errors import FingerprintError, RecipeError, RunError
 from pcd.export import bundle
 from pcd.files import read_json, write_json, write_text
 from pcd.fingerprint import differences, digest
 from pcd.heads import head_options
 from pcd.heads.base import Head
-from pcd.recipe import Recipe, load_recipe
+from pcd.recipe import Recipe
+from pcd.recipe_files import load_recipe
+from pcd.remote import any_path
 from pcd.training import checkpoints
-from pcd.training.loop import is_finished
+from pcd.training.loop import epochs_left
 from pcd.views import ViewPlan
 
 RUN_FILE = "run.json"
@@ -53,8 +55,14 @@ class Run:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of a view."""
+        """(rows, columns) of the depths of a view: the head's output grid."""
         return self.info["grid"][0], self.info["grid"][1]
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """(rows, columns) of what the head reads; another than `grid` for a head with a decoder."""
+        rows, columns = self.info.get("patches", self.info["grid"])
+        return rows, columns
 
     @property
     def labels(self) -> list[str]:
@@ -101,9 +109,9 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its epochs or its patience have run out: answered from the last checkpoint's header."""
+        """Whether its epochs or its patience have run out, or there is nothing to train: from the last checkpoint's header."""
         state = checkpoints.read_state(self.checkpoints / checkpoints.LAST)
-        return is_finished(self.recipe.train, state["epoch"], state["stopping"]["wait"])
+        return epochs_left(self.recipe.train, state) == 0
 
     def new_head(self) -> Head:
         """The head of the recipe with fresh weights, drawn from the recipe's seed."""
@@ -111,7 +119,7 @@ class Run:
         shapes = {name: tuple(shape) for name, shape in self.info["shapes"].items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.train.seed)
-            return cls(options, shapes, self.grid)
+            return cls(options, shapes, self.patches)
 
     def checkpoint_file(self, which: str) -> tuple[Path, int]:
         """The file of checkpoint `last` or of the best epoch of a metric, and the epoch.
@@ -149,7 +157,7 @@ class Run:
         """The cache the run was trained on. Raises `RunError` if it is no longer where it was, or the run is a bundle."""
         if self.bundle:
             raise RunError(f"{self.root} is an exported bundle, which does not know where a cache is; say it with --cache.")
-        if not Path(self.info["cache"]).is_dir():
+        if not any_path(self.info["cache"]).is_dir():
             raise RunError(
                 f"{self.root} was trained on {self.info['cache']}, which is not there; say where it is with --cache."
             )
@@ -158,12 +166,18 @@ class Run:
     def check_columns(self, cache: Cache, *, same_data: bool) -> None:
         """Raise `FingerprintError` unless the cache's columns were made as those the run was trained on.
 
-        With `same_data` the whole fingerprint must agree, else only the encoder: another dataset's cache may be scored.
+        With `same_data` the whole fingerprint must agree, else only the encoder, and of the columns that depth follows from:
+        another dataset's cache may be scored.
         """
-        for name, trained in self._trained_columns.items():
+        cls, options = head_options(self.recipe.head)
+        names = self._trained_columns if same_data else [n for n in cls.reads(options) if n in self._trained_columns]
+        for name in names:
+            trained = self._trained_columns[name]
             column = cache.manifest.columns.get(name)
             found = column.fingerprint if column else {}
-            lines = differences(found, trained) if same_data else differences(found.get("encoder", {}), trained["encoder"])
+            lines = (
+                differences(found, trained) if same_data else differences(found.get("encoder", {}), trained.get("encoder", {}))
+            )
             if lines:
                 shown = "\n".join(f"  {line}" for line in lines)
                 raise FingerprintError(
@@ -202,7 +216,9 @@ def newest_run(folder: Path = RUNS) -> Run:
 
 def default_run_folder(cache: Cache, recipe: Recipe) -> Path:
     """`runs/CACHE-RECIPE-DIGEST`: the same command finds its own run again, another option makes another run."""
-    fixed = {"recipe": _fixed(recipe), "dataset": cache.manifest.dataset, "encoders": cache.manifest.encoders}
+    cls, options = head_options(recipe.head)
+    read = encoders_read(cache, cls.learns_from(options))
+    fixed = {"recipe": _fixed(recipe), "dataset": cache.manifest.dataset, "encoders": read}
     return RUNS / f"{cache.root.resolve().name}-{recipe.name}-{digest(fixed)[:8]}"
 
 
@@ -246,28 +262,60 @@ def _finite(value: Any) -> Any:
 
 
 def describe_run(recipe: Recipe, cache: Cache) -> dict[str, Any]:
-    """What `run.json` holds: the columns read and their fingerprints, shapes, grid, stored frame size, views, dataset, labels.
+    """What `run.json` holds: the columns read, their fingerprints and shapes, their grid and that of the depths, the encoders
+    they are of, stored frame size, views, dataset, labels.
 
-    Raises `CacheError` naming the column if the cache lacks one that the head reads.
+    Raises `CacheError` naming the column if the cache lacks one that the head reads, and `RecipeError` for depths whose cells
+    do not divide a view.
     """
     cls, options = head_options(recipe.head)
-    table = cache.table("train")
-    columns = {name: table.column(name).entry for name in cls.reads(options)}
+    table, manifest = cache.table("train"), cache.manifest
+    columns = {name: table.column(name).entry for name in cls.learns_from(options)}
     encoders = [entry.fingerprint["encoder"] for entry in columns.values() if "encoder" in entry.fingerprint]
+    shapes = {name: entry.spec.shape for name, entry in columns.items()}
+    patches = next((grid for grid in map(grid_of, columns.values()) if grid), None) or encoders[0]["grid"]
+    cells = cls.output_grid(options, shapes, patches)
+    if (rest := [size % number for size, number in zip(manifest.plan.view_size, cells, strict=True)]) != [0, 0]:
+        raise RecipeError(_uneven(manifest.plan.view_size, cells, rest))
     return {
         "pcd": pcd.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cache": str(cache.root.resolve()),
         "columns": {name: entry.fingerprint for name, entry in columns.items()},
-        "shapes": {name: list(entry.spec.shape) for name, entry in columns.items()},
-        "grid": encoders[0]["grid"],
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "patches": list(patches),
+        "grid": list(cells),
         "frame": table.column("sample/size").read(table.usable()[:1])[0].tolist(),
         "views": cache.manifest.plan.as_json(),
-        "dataset": {key: cache.manifest.dataset[key] for key in ("name", "family", "synthetic", "depth_range")},
-        "encoders": cache.manifest.encoders,
-        "labels": labels(cache.manifest.dataset, encoders),
+        "dataset": {key: manifest.dataset[key] for key in ("name", "family", "synthetic", "depth_range")},
+        "encoders": encoders_read(cache, columns),
+        "labels": labels(manifest.dataset, encoders),
     }
+
+
+def _uneven(view: tuple[int, int], cells: tuple[int, int], rest: list[int]) -> str:
+    side = "height" if rest[0] else "width"
+    return (
+        f"the head's depths are a grid of {cells[0]}x{cells[1]} cells, which does not divide the {side} of views of "
+        f"{view[0]}x{view[1]} pixels. Change what makes it finer than the patches (head.scale, head.upsample), or views.canvas."
+    )
+
+
+def encoders_read(cache: Cache, columns: Iterable[str]) -> dict[str, Any]:
+    """The encoders of the cache's manifest that made some of these columns, in their order."""
+    keys = dict.fromkeys(cache.manifest.encoder_of(name) for name in columns)
+    return {key: cache.manifest.encoders[key] for key in keys if key in cache.manifest.encoders}
+
+
+def grid_of(entry: ColumnEntry) -> tuple[int, int] | None:
+    """(rows, columns) of a column's maps, or of its encoder's patches; None for one without places in the image."""
+    if entry.spec.dims[:2] == ("y", "x"):
+        return entry.spec.shape[0], entry.spec.shape[1]
+    if entry.spec.dims[:1] != ("patch",):
+        return None
+    made_by = entry.fingerprint.get("encoder") or entry.fingerprint["rule"]
+    return made_by["grid"][0], made_by["grid"][1]
 
 
 def labels(dataset: Mapping[str, Any], encoders: list[dict[str, Any]]) -> list[str]:

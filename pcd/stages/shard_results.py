@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pcd.cache import Cache, provenance
 from pcd.cache.table import SAMPLE_OK
 from pcd.datasets import Dataset
 from pcd.errors import IncompleteError, MissingFileError, SampleError
+from pcd.remote import AnyPath
 from pcd.stages.plan import TablePlan
 from pcd.stages.shard_task import Outcome, ShardTask
 
@@ -44,7 +44,7 @@ class Results:
         self.device, self.batch_views = outcome.device, outcome.batch_views
 
 
-def refuse_failures(root: Path, tables: Sequence[TablePlan], results: Results) -> None:
+def refuse_failures(root: AnyPath, tables: Sequence[TablePlan], results: Results) -> None:
     """Raise `IncompleteError` if some ranges could not be written, naming tables, samples, keys and reasons."""
     if not results.failures:
         return

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pcd.cache import Cache, ColumnEntry, Table, commits
 from pcd.cache.lock import holding
+from pcd.cache.objects import each
 from pcd.cache.table import SAMPLE_OK
 from pcd.cache.writer import RangeWriter
 from pcd.datasets import Dataset, create_dataset
@@ -228,12 +229,10 @@ def run_task(
 
 def _lacking(cache: Cache, task: ShardTask) -> set[str]:
     """Columns that lack a shard of the range now."""
-    return {
-        name
-        for name in task.columns
-        for shard in _shards(cache.manifest.columns[name], task.start, task.stop)
-        if not commits.path(cache.root, task.table, name, shard).is_file()
-    }
+    columns = cache.manifest.columns
+    places = [(name, shard) for name in task.columns for shard in _shards(columns[name], task.start, task.stop)]
+    there = each(lambda place: commits.path(cache.root, task.table, *place).is_file(), places, cache.root)
+    return {name for (name, _), is_there in zip(places, there, strict=True) if not is_there}
 
 
 def fill_range(

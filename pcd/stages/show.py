@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pcd.cache import Cache, Table
@@ -16,6 +17,8 @@ from pcd.device import resolve_device
 from pcd.errors import CacheError, DatasetError, UsageError
 from pcd.evaluation.figures_sample import SamplePanel, principal_colours, save_sample, views_panel
 from pcd.heads.bins import DepthBins
+from pcd.patches import PatchStatistics, PixelRule, patch_statistics
+from pcd.remote import AnyPath, any_path
 from pcd.stages.frames import open_frames
 from pcd.stages.inference import canvas_truth
 from pcd.stages.inspect import skipped
@@ -50,7 +53,7 @@ class Shown:
 
 
 def show(
-    path: Path,
+    path: str | AnyPath,
     *,
     split: str = "test",
     sample: str = "0",
@@ -66,6 +69,7 @@ def show(
     `cache` where the run's cache is now; `checkpoint` is a watched metric (`abs_rel` by default) or `last`.
     Raises `UsageError` for a folder that is neither, an unknown sample or view, or what only a run has asked of a cache.
     """
+    path = any_path(path)
     run, opened = _open(path, cache)
     if run is None and (cache is not None or checkpoint is not None):
         raise UsageError(f"{path} is a cache: --cache and --checkpoint need a run; give the run's folder instead.")
@@ -83,9 +87,9 @@ def show(
     return Shown(facts, tuple(panel for part in parts for panel in part.panels))
 
 
-def _open(path: Path, cache: Cache | None) -> tuple[Run | None, Cache]:
+def _open(path: AnyPath, cache: Cache | None) -> tuple[Run | None, Cache]:
     """The run in a folder and its cache, or the cache alone."""
-    if (path / RUN_FILE).is_file():
+    if isinstance(path, Path) and (path / RUN_FILE).is_file():
         run = open_run(path)
         opened = cache or run.open_cache()
         run.check_columns(opened, same_data=False)
@@ -165,15 +169,25 @@ def _tokens(chosen: Selection, run: Run | None) -> Part:
     return Part({"tokens": facts}, panels)
 
 
+def _statistics(table: Table, group: str, rows: npt.NDArray[np.int64], grid: tuple[int, int]) -> PatchStatistics:
+    """As they are stored; for patches too small for that, what would be."""
+    if f"{group}/mean" in table.column_names():
+        return PatchStatistics(*(table.column(f"{group}/{name}").read(rows) for name in ("present", "count", "mean", "var")))
+    canvas = table.column(f"{group}/canvas")
+    assert canvas.spec.units_per_metre is not None
+    rule = PixelRule(*table.manifest.dataset["depth_range"])
+    return patch_statistics(canvas.read(rows), canvas.spec.units_per_metre, grid, rule)
+
+
 def _truth(chosen: Selection, group: str) -> Part:
     """Ground truth on the canvas and per patch, as it is stored."""
     table, dataset = chosen.table, chosen.table.manifest.dataset
     canvas = chosen.pixels(canvas_truth(table, chosen.samples, group)[0])
-    rule = table.manifest.columns[f"{group}/mean"].fingerprint["rule"]
+    rule = table.manifest.columns[f"{group}/canvas"].fingerprint["rule"]
     rows, columns = rule["grid"]
+    found = _statistics(table, group, chosen.rows, (rows, columns))
     present, count, mean = (
-        chosen.patches(table.column(f"{group}/{name}").read(chosen.rows), (rows, columns)).astype(np.float32)
-        for name in ("present", "count", "mean")
+        chosen.patches(values, (rows, columns)).astype(np.float32) for values in (found.present, found.count, found.mean)
     )
     pixels = chosen.plan.view_size[0] * chosen.plan.view_size[1] // (rows * columns)
     mean[count == 0] = np.nan

@@ -170,19 +170,21 @@ def _document(
     """What `sweep.json` holds."""
     main, recipe = protocols[0], plan.variants[0].recipe
     run = Run(root, recipe, describe_run(recipe, cache))
+    made = {name: open_run(found[0].root) for name, found in runs.items() if found}
     family = cache.manifest.dataset["family"]
     variants = variant_documents(plan.variants, runs, main.label, family, plan.paper)
     for number, (document, variant) in enumerate(zip(variants, plan.variants, strict=True)):
         same = [earlier.name for earlier in plan.variants[:number] if _training(earlier) == _training(variant)]
         document["same_as"] = same[0] if same else None
+        document["labels"] = made[variant.name].labels if variant.name in made else []
     return {
         "sweep": plan.name,
         "description": plan.description,
         "root": str(root),
         "cache": str(cache.root),
         "dataset": run.info["dataset"],
-        "encoders": encoder_lines(run),
-        "labels": run.labels,
+        "encoders": list(dict.fromkeys(line for each in [run, *made.values()] for line in encoder_lines(each))),
+        "labels": [label for label in run.labels if all(label in each.labels for each in made.values())],
         "split": split,
         "samples": len(cache.table(split).usable()),
         "checkpoint": checkpoint,

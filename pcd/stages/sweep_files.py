@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pcd.errors import RecipeError, suggest
-from pcd.recipe import INSTALLED, RECIPE_FOLDER, known_recipes
+from pcd.recipe_files import INSTALLED, RECIPE_FOLDER, known_recipes
 
-ABLATIONS = "ablations"
+SWEEPS = ("ablations", "comparisons")
+"""Folders of `pipelines` that hold sweeps: variants of one method, and methods."""
 
 
 def find_sweep(name: str) -> Path | None:
@@ -19,8 +20,8 @@ def find_sweep(name: str) -> Path | None:
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return path if {"variants", "grid"} & read_sweep(path).keys() else None
-    for folder in (RECIPE_FOLDER, INSTALLED):
-        if (found := folder / ABLATIONS / f"{name}.toml").is_file():
+    for folder in _folders():
+        if (found := folder / f"{name}.toml").is_file():
             return found
     if name not in known_recipes():
         known = [*known_sweeps(), *known_recipes()]
@@ -29,8 +30,12 @@ def find_sweep(name: str) -> Path | None:
 
 
 def known_sweeps() -> list[str]:
-    """Names of the sweeps in `pipelines/ablations` and of those that came with pcd, sorted."""
-    return sorted({file.stem for folder in (RECIPE_FOLDER, INSTALLED) for file in (folder / ABLATIONS).glob("*.toml")})
+    """Names of the sweeps in `pipelines` and of those that came with pcd, sorted."""
+    return sorted({file.stem for folder in _folders() for file in folder.glob("*.toml")})
+
+
+def _folders() -> list[Path]:
+    return [folder / kind for folder in (RECIPE_FOLDER, INSTALLED) for kind in SWEEPS]
 
 
 def prompts_of_sweeps() -> list[tuple[str, ...]]:

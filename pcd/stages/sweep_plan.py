@@ -6,6 +6,8 @@ set = { "train.epochs" = 50 }               # for all variants
 [variants.baseline]                         # the first is the reference
 [variants.no-cls]
 head.cls = false
+[variants.linear-probe]                     # another method: head, encoders and training of that recipe, on the same data
+recipe = "prior-art/linear"
 [grid]                                      # every combination is one variant more
 "head.dropout" = [0.0, 0.1]
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -24,7 +26,9 @@ from pcd.cache import Cache
 from pcd.errors import RecipeError, UsageError, suggest
 from pcd.evaluation.metrics import METRICS
 from pcd.heads import head_options
-from pcd.recipe import Recipe, Section, find_recipe, parse_table
+from pcd.recipe import Recipe, Section, parse_table
+from pcd.recipe_files import find_recipe
+from pcd.reports.published import known_in_print
 from pcd.stages.recipes import training_recipe
 from pcd.stages.sweep_files import find_sweep, flat, known_sweeps, pairs, read_sweep, toml_text
 
@@ -51,10 +55,15 @@ class Printed(Section):
 
 
 class _VariantTable(BaseModel):
-    """`[variants.NAME]`: printed numbers, and overrides."""
+    """`[variants.NAME]`: overrides, the method they start from if another than the sweep's, and printed numbers.
+
+    Those are its own row of the sweep's `[paper]`, or the row of this `published` name in `pcd/reports/published.toml`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
+    recipe: str | None = None
+    published: str | None = None
     paper: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
@@ -82,6 +91,9 @@ class Variant:
     overrides: tuple[str, ...]
     recipe: Recipe
     paper: Values
+    method: str | None = None
+    """The recipe of the method, if another than the sweep's."""
+    published: str | None = None
 
     def seeded(self, seed: int) -> Recipe:
         """The recipe with this seed."""
@@ -108,11 +120,46 @@ def plan_sweep(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
 ) -> SweepPlan:
-    """The sweep called `name` (a file, a name in `pipelines/ablations`, or a recipe to `vary`) on a cache.
+    """The sweep called `name` (a file, a name in `pipelines/ablations` or `comparisons`, or a recipe to `vary`) on a cache.
 
     `vary` holds `key=value,value`: every combination is a variant. `recipe`, `seeds` replace those of the file; `overrides`
     (`key=value`) hold for all variants, unless a variant says otherwise. Raises `RecipeError` naming file, variant and key.
     """
+    read = _read(name, recipe, vary, overrides)
+    chosen = parse_table(
+        _Seeds, {"seeds": tuple(read.file.seeds if seeds is None else seeds)}, "--seeds" if seeds else read.where
+    ).seeds
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"{read.where}: a seed is named twice: {', '.join(map(str, chosen))}.")
+    common = read.common if cache.manifest.plan.flips else ["evaluate.tta=false", *read.common]
+    variants = tuple(_variant(cache, read.base, common, part, f"{read.where}: variants.{part.name}") for part in read.parts)
+    stem = read.stem or read.base or cache.manifest.dataset["name"]
+    return SweepPlan(stem, read.file.description, chosen, variants, read.file.paper)
+
+
+def methods_of_sweep(name: str) -> tuple[str | None, list[str], list[tuple[str | None, tuple[str, ...]]]]:
+    """What an extraction for a sweep file must know: its recipe, the overrides of all variants, and of each variant the recipe
+    of its method (if another) and its own overrides.
+
+    Raises `RecipeError` for what is no sweep file.
+    """
+    read = _read(name, None, (), ())
+    return read.base, read.common, [(part.method, part.changes) for part in read.parts]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A sweep whose variants are not resolved yet. `stem` is that of its file, if it has one."""
+
+    file: _SweepFile
+    base: str | None
+    common: list[str]
+    parts: list[_Part]
+    where: str
+    stem: str | None
+
+
+def _read(name: str | None, recipe: str | None, vary: Sequence[str], overrides: Sequence[str]) -> _Read:
     path = find_sweep(name) if name else None
     if path is None:
         if not vary:
@@ -120,28 +167,16 @@ def plan_sweep(
         file, recipe, where = _SweepFile(), recipe or name, f"sweep of recipe {name or 'of the dataset'}"
     else:
         file, where = parse_table(_SweepFile, read_sweep(path), str(path)), str(path)
-    chosen = parse_table(_Seeds, {"seeds": tuple(file.seeds if seeds is None else seeds)}, "--seeds" if seeds else where).seeds
-    if len(set(chosen)) < len(chosen):
-        raise UsageError(f"{where}: a seed is named twice: {', '.join(map(str, chosen))}.")
     common = [*flat(file.set, f"{where}: set"), *overrides]
     _refuse([key for key in map(_key, common) if key == "train.seed"], f"{where}: --set")
-    if not cache.manifest.plan.flips:
-        common = ["evaluate.tta=false", *common]
     grid = {key: _values(value, f"{where}: grid.{key}") for key, value in pairs(file.grid)} | dict(map(_vary, vary))
     parts = [_named(variant, table, where) for variant, table in file.variants.items()]
-    parts += [(label, changes, {}) for label, changes in _combinations(grid, where)]
+    parts += [_Part(label, changes) for label, changes in _combinations(grid, where)]
     if not parts:
         raise RecipeError(f"{where}: no variants; a sweep needs [variants.NAME] tables or a [grid].")
-    if len({label for label, *_ in parts}) < len(parts):
-        raise RecipeError(f"{where}: two variants have one name: {', '.join(label for label, *_ in parts)}.")
-    base = recipe or file.recipe
-    variants = tuple(
-        Variant(label, changes, _resolve(cache, base, [*common, *changes], f"{where}: variants.{label}"), paper)
-        for label, changes, paper in parts
-    )
-    return SweepPlan(
-        path.stem if path else f"{recipe or cache.manifest.dataset['name']}", file.description, chosen, variants, file.paper
-    )
+    if len({part.name for part in parts}) < len(parts):
+        raise RecipeError(f"{where}: two variants have one name: {', '.join(part.name for part in parts)}.")
+    return _Read(file, recipe or file.recipe, common, parts, where, path.stem if path else None)
 
 
 def _nothing(name: str | None) -> str:
@@ -153,8 +188,19 @@ def _nothing(name: str | None) -> str:
     )
 
 
-def _named(name: str, table: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...], Values]:
-    """Name, overrides and printed numbers of a `[variants.NAME]` table."""
+@dataclass(frozen=True)
+class _Part:
+    """A variant that is not resolved yet; see `Variant`."""
+
+    name: str
+    changes: tuple[str, ...]
+    paper: Values = field(default_factory=dict)
+    method: str | None = None
+    published: str | None = None
+
+
+def _named(name: str, table: Mapping[str, Any], where: str) -> _Part:
+    """What a `[variants.NAME]` table says."""
     place = f"{where}: variants.{name}"
     if not _NAME.fullmatch(name):
         raise RecipeError(f"{place}: a variant is a folder; use letters, digits and . , = + - _ in its name.")
@@ -162,9 +208,11 @@ def _named(name: str, table: Mapping[str, Any], where: str) -> tuple[str, tuple[
     for family, values in found.paper.items():
         if unknown := [metric for metric in values if metric not in METRICS]:
             raise RecipeError(f"{place}: paper.{family}: unknown metric {unknown[0]!r}.{suggest(unknown[0], METRICS)}")
+    if found.published is not None and found.published not in (known := known_in_print()):
+        raise RecipeError(f"{place}: published: unknown row {found.published!r}.{suggest(found.published, known)}")
     changes = tuple(flat(found.model_extra or {}, place))
     _refuse(map(_key, changes), place)
-    return name, changes, found.paper
+    return _Part(name, changes, found.paper, found.recipe, found.published)
 
 
 def _combinations(grid: Mapping[str, list[str]], where: str) -> Iterable[tuple[str, tuple[str, ...]]]:
@@ -194,13 +242,14 @@ def _refuse(keys: Iterable[str], where: str) -> None:
             )
 
 
-def _resolve(cache: Cache, recipe: str | None, overrides: Sequence[str], where: str) -> Recipe:
+def _variant(cache: Cache, recipe: str | None, common: Sequence[str], part: _Part, where: str) -> Variant:
+    own = (f"recipe={part.method}",) if part.method else ()
     try:
-        resolved = training_recipe(cache, recipe, overrides)
+        resolved = training_recipe(cache, recipe, [*common, *part.changes], part.method)
         head_options(resolved.head, "head")
     except UsageError as error:
         raise RecipeError(f"{where}: {error}") from None
-    return resolved
+    return Variant(part.name, (*own, *part.changes), resolved, part.paper, part.method, part.published)
 
 
 def _vary(text: str) -> tuple[str, list[str]]:

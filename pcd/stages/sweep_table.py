@@ -17,6 +17,7 @@ from pcd.evaluation.metrics import METRICS
 from pcd.evaluation.statistics import Comparison, compare, holm
 from pcd.evaluation.tables import read_scores, write_csv
 from pcd.files import plain, write_json, write_text
+from pcd.reports.published import Published, published
 from pcd.stages.sweep_plan import Printed, Variant
 
 SHOWN = ("abs_rel", "rmse", "log10", "delta1", "delta2", "delta3")
@@ -68,7 +69,13 @@ def variant_documents(
         }
     for document, variant in zip(documents, variants, strict=True):
         document["printed"] = _printed(variant, variants[0], family, paper)
+        row = _row_in_print(variant, family)
+        document["printed_row"] = None if row is None else _origin_of(row)
     return documents
+
+
+def _origin_of(row: Published) -> Document:
+    return {name: getattr(row, name) for name in ("source", "protocol", "comparable", "note")}
 
 
 def _summary(variant: Variant, runs: Sequence[Trained], protocol: str) -> Document:
@@ -103,8 +110,22 @@ def _spread(own: float | None, first: float | None) -> float | None:
     return None if own is None or first is None else math.hypot(own, first)
 
 
+def _row_in_print(variant: Variant, family: str) -> Published | None:
+    """The row of `pcd/reports/published.toml` that the variant names, for a family of datasets."""
+    return next((row for row in published(family) if row.method == variant.published), None)
+
+
 def _printed(variant: Variant, reference: Variant, family: str, paper: Printed | None) -> dict[str, Any] | None:
-    """The numbers in print, lengths in metres: `as_printed`, `value`, and `difference` to the reference's."""
+    """The numbers in print, lengths in metres: `as_printed`, `value`, and `difference` to the reference's.
+
+    Those of a row of its own stand alone: another paper, another protocol.
+    """
+    if (row := _row_in_print(variant, family)) is not None:
+        return {
+            metric: {"as_printed": value, "value": value, "difference": None}
+            for metric, value in row.values.items()
+            if metric in METRICS
+        }
     values = variant.paper.get(family)
     if paper is None or not values:
         return None
@@ -145,6 +166,11 @@ def _csv_rows(variant: Document, document: Document) -> list[Document]:
             }
         )
     return [{name: row.get(name) for name in CSV_COLUMNS} for row in rows]
+
+
+def printed_title(document: Document) -> str:
+    """What stands above the numbers in print."""
+    return f"In print: {document['printed_source'] or 'each row under a protocol of its own, see below'}"
 
 
 def headings() -> list[str]:
@@ -193,7 +219,13 @@ def remarks(document: Document) -> list[str]:
         if 0 < len(variant["runs"]) < len(document["seeds"]):
             lines.append(f"{variant['name']}: {len(variant['runs'])} of {len(document['seeds'])} seeds.")
     lines += [f"note: {label}" for label in document["labels"]]
+    for variant in document["variants"]:
+        lines += [f"note: {variant['name']}: {label}" for label in variant["labels"] if label not in document["labels"]]
     lines += [f"failed: {item['variant']}, seed {item['seed']}: {item['message']}" for item in document["failures"]]
+    for variant in document["variants"]:
+        if row := variant["printed_row"]:
+            near = f", nearest to protocol {row['protocol']}" if row["protocol"] else ""
+            lines.append(f"in print, {variant['name']}: {row['source']}{near}; comparable: {row['comparable']}; {row['note']}")
     return lines + (document["printed_notes"] if any(variant["printed"] for variant in document["variants"]) else [])
 
 
@@ -203,7 +235,7 @@ def markdown(document: Document) -> str:
     lines += [f"{document['description']}.", ""] if document["description"] else []
     lines += _markdown_table(document, score_lines)
     if any(variant["printed"] for variant in document["variants"]):
-        lines += ["", f"In print ({document['printed_source']}):", "", *_markdown_table(document, printed_lines)]
+        lines += ["", f"{printed_title(document)}:", "", *_markdown_table(document, printed_lines)]
     return "\n".join([*lines, "", *(f"- {_escaped(line)}" for line in remarks(document)), ""])
 
 

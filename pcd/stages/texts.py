@@ -13,19 +13,22 @@ if TYPE_CHECKING:
     from pcd.encoders.base import Encoder
 
 
-def lacks_texts(cache: Cache, phrases: Sequence[Sequence[str]]) -> bool:
-    """Whether some of these lists of phrases could be embedded and are not."""
-    encoder = encoder_digest(cache)
+def lacks_texts(cache: Cache, key: str, phrases: Sequence[Sequence[str]]) -> bool:
+    """Whether some of these lists of phrases could be embedded by the encoder of that key and are not."""
+    encoder = text_digest(cache, [name for name in cache.manifest.columns if cache.manifest.encoder_of(name) == key])
     return encoder is not None and any(cache.text(encoder, texts) is None for texts in phrases)
 
 
-def encoder_digest(cache: Cache) -> str | None:
-    """Digest of the encoder whose texts lie beside the columns, or None if it has no text tower or is not known yet."""
-    for entry in cache.manifest.columns.values():
-        encoder = entry.fingerprint.get("encoder")
-        if encoder is not None:
-            return digest(encoder) if encoder.get("text", True) else None
-    return None
+def worded_column(cache: Cache, columns: Sequence[str]) -> str | None:
+    """The first of `columns` whose encoder has a text tower: texts that a head compares with its columns come from there."""
+    fingerprints = {name: cache.manifest.columns[name].fingerprint for name in columns if name in cache.manifest.columns}
+    return next((name for name, found in fingerprints.items() if found.get("encoder", {}).get("text", False)), None)
+
+
+def text_digest(cache: Cache, columns: Sequence[str]) -> str | None:
+    """Digest of the encoder of `worded_column`, whose texts lie beside the columns; None without one."""
+    column = worded_column(cache, columns)
+    return None if column is None else digest(cache.manifest.columns[column].fingerprint["encoder"])
 
 
 def embed_texts(cache: Cache, encoder: Encoder, phrases: Sequence[Sequence[str]], progress: Progress) -> None:

@@ -148,7 +148,7 @@ class Together:
         placed = self._reading.columns(table, list(columns), rows, recipe.train.residency, device)
         placed = replace(placed, source=_Checked(placed.source, self._check))
         failed: set[str] = set()
-        epochs = sum(training.run.recipe.train.epochs for training in group.values())
+        epochs = sum(loop.epochs for loop in loops)
         self._progress.start(f"training {len(loops)} variants", epochs, "epochs", done=sum(loop.epoch for loop in loops))
         with ExitStack() as stack:
             records = {loop: stack.enter_context(recording(group[name].run, loop.history)) for loop, name in loops.items()}
@@ -183,4 +183,4 @@ class _Checked:
 def row_order(recipe: Recipe) -> tuple[Any, ...]:
     """What the order of a training's rows and the size of its batches follow from, beside the seed."""
     train = recipe.train
-    return train.batch_size, train.drop_last, train.tiles, train.flips, train.residency
+    return train.batch_size, train.drop_last, train.tiles, train.flips, train.samples_per_scene, train.residency

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from pcd.cache import Cache, Table
 from pcd.device import resolve_device
-from pcd.errors import CacheError, RunError, TextTowerError, suggest
+from pcd.errors import CacheError, RunError, suggest
 from pcd.evaluation.metrics import HIGHER_IS_BETTER
 from pcd.heads import head_options
-from pcd.heads.base import Batch
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
+from pcd.stages.context import TrainingContext
 from pcd.stages.events import EventWriter, require_tensorboard
 from pcd.stages.history import recording
 from pcd.stages.reading import OWN, Reading
 from pcd.stages.runs import Run, create_or_continue, default_run_folder
-from pcd.stages.texts import encoder_digest
 from pcd.stages.validation import validation
 from pcd.training.loop import EpochReport, Loop
 from pcd.training.rows import TrainingRows
 from pcd.training.sources import Placed, Residency, Rows, RowSource
 from pcd.training.steps import Products
-from pcd.training.targets import RowTargets
+from pcd.training.targets import RowTargets, Targets
 from pcd.views import TRUTH
 
 
@@ -80,7 +78,7 @@ def train(
         if tensorboard:
             EventWriter(run, run.history).close()
         return run
-    progress.start("training", recipe.train.epochs, "epochs", done=loop.epoch)
+    progress.start("training", loop.epochs, "epochs", done=loop.epoch)
     with recording(run, loop.history, tensorboard=tensorboard) as record:
 
         def after_epoch(report: EpochReport) -> None:
@@ -119,18 +117,23 @@ def prepare(
     table = cache.table("train")
     head, rows = run.new_head().to(where), TrainingRows(table, recipe.train)
     columns = _Columns(run, reading, residency or recipe.train.residency, where, through, progress)
-    targets = _targets(table, rows, run, reading)
-    keep = np.any([target.valid for target in targets.values()], axis=0) if head.sees_valid_patches_only else None
-    rows.attach(columns.place(table, rows.rows, keep), targets, where)
+    targets = _targets(table, rows, run, reading, hold=head.sees_valid_patches_only or None)
+    keep = _looked_at(targets) if head.sees_valid_patches_only else None
+    rows.attach(columns.place(table, head.learns_from(head.options), rows.rows, keep), targets, where)
+    if rows.streamed:
+        progress.say(f"{table.name}: targets would take too much memory: made for each batch from the stored depth")
     val = cache.table("val")
-    held_out = columns.place(val, val.view_rows(val.usable()).reshape(-1)).source
+    held_out = columns.place(val, head.reads(head.options), val.view_rows(val.usable()).reshape(-1)).source
     validate = validation(run, val, held_out, where, progress.say, reading)
+    context = TrainingContext(cache, rows, head.reads(head.options))
+    head.attach(context)
     loop = Loop(head, rows, recipe.train, HIGHER_IS_BETTER, validate, run.checkpoints)
     if loop.resume():
         progress.say(f"{root}: continuing after epoch {loop.epoch}")
     else:
-        head.initialise(_Context(cache, rows))
-        progress.say(f"{root}: a new run; {len(rows.rows)} rows, {rows.steps()} steps an epoch")
+        head.initialise(context)
+        what = f"{rows.steps()} steps an epoch" if loop.trains else "nothing to train: the head is validated once"
+        progress.say(f"{root}: a new run; {len(rows.rows)} rows, {what}")
     return Training(run, loop)
 
 
@@ -145,11 +148,10 @@ class _Columns:
     through: Callable[[RowSource], RowSource] | None
     progress: Progress
 
-    def place(self, table: Table, rows: Rows, keep: npt.NDArray[np.bool_] | None = None) -> Placed:
-        """The columns of `rows`; through a filter nothing is left out, since it may move patches."""
-        cls, options = head_options(self.run.recipe.head)
+    def place(self, table: Table, names: Sequence[str], rows: Rows, keep: npt.NDArray[np.bool_] | None = None) -> Placed:
+        """The columns `names` of `rows`; through a filter nothing is left out, since it may move patches."""
         keep = None if self.through else keep
-        placed = self.reading.columns(table, cls.reads(options), rows, self.residency, self.device, keep)
+        placed = self.reading.columns(table, names, rows, self.residency, self.device, keep)
         self.progress.say(f"{table.name}: {placed.words}")
         return replace(placed, source=self.through(placed.source)) if self.through else placed
 
@@ -169,7 +171,7 @@ def _require(cache: Cache, recipe: Recipe) -> None:
                 f"{cache.root} holds no ground truth resized by views.depth_resize = {recipe.views.depth_resize!r}. "
                 "`pcd extract` with this recipe (--recipe NAME) adds it; no view is encoded again."
             )
-        if absent := [column for column in cls.reads(options) if column not in table.column_names()]:
+        if absent := [column for column in cls.learns_from(options) if column not in table.column_names()]:
             raise CacheError(
                 f"{cache.root}: table {name} has no column {absent[0]!r}.{suggest(absent[0], table.column_names())} "
                 "If the encoder can make it, `pcd extract` with the same --set adds it; what is there stays."
@@ -178,37 +180,15 @@ def _require(cache: Cache, recipe: Recipe) -> None:
             table.column(column).require()
 
 
-def _targets(table: Table, rows: TrainingRows, run: Run, reading: Reading) -> Mapping[str, RowTargets]:
+def _targets(table: Table, rows: TrainingRows, run: Run, reading: Reading, *, hold: bool | None) -> Mapping[str, Targets]:
     """Targets of all rows by the recipe's rules."""
     _, options = head_options(run.recipe.head)
     settings = {"embedding": run.recipe.targets.embedding, "depth": run.recipe.targets.depth}
     depth_range = (options.min_depth, options.max_depth)
-    return reading.targets(table, rows.rows, run.grid, settings, depth_range, TRUTH[run.recipe.views.depth_resize])
+    return reading.targets(table, rows.rows, run.grid, settings, depth_range, TRUTH[run.recipe.views.depth_resize], hold)
 
 
-class _Context:
-    """What a head may look at before training."""
-
-    def __init__(self, cache: Cache, rows: TrainingRows) -> None:
-        self._cache = cache
-        self._rows = rows
-
-    def text(self, phrases: Sequence[str]) -> Tensor:
-        """Text embeddings stored beside the columns."""
-        encoder = encoder_digest(self._cache)
-        if encoder is None:
-            raise TextTowerError(
-                f'{self._cache.root} was made with weights that have no text tower, and head.table_init = "text" needs text '
-                'embeddings. Use head.table_init = "tokens" or "random", or extract with weights that have one.'
-            )
-        stored = self._cache.text(encoder, phrases)
-        if stored is None:
-            raise CacheError(
-                f"{self._cache.root} lacks the text embeddings of {phrases[0]!r} ... {phrases[-1]!r}. "
-                "`pcd extract` with this recipe (--recipe NAME) adds them in seconds; no view is encoded again."
-            )
-        return torch.from_numpy(stored)
-
-    def batches(self) -> Iterator[Batch]:
-        """The training rows once."""
-        return self._rows.once()
+def _looked_at(targets: Mapping[str, Targets]) -> npt.NDArray[np.bool_]:
+    """The patches `(N, P)` that some loss counts, of targets that are held."""
+    valid: npt.NDArray[np.bool_] = np.any([each.valid for each in targets.values() if isinstance(each, RowTargets)], axis=0)
+    return valid

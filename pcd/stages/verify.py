@@ -13,6 +13,7 @@ from pcd.cache.table import SAMPLES
 from pcd.cache.verify import shard_count, verify_cache
 from pcd.errors import CorruptError, DatasetError, UsageError
 from pcd.progress import SILENT, Progress
+from pcd.remote import AnyPath
 from pcd.stages.frames import open_dataset
 from pcd.stages.plan import plan_tables
 
@@ -27,7 +28,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(root: Path, *, fast: bool = False, dataset_root: Path | None = None, progress: Progress = SILENT) -> Findings:
+def verify(root: AnyPath, *, fast: bool = False, dataset_root: Path | None = None, progress: Progress = SILENT) -> Findings:
     """Look at everything in the cache of folder `root`; see `verify_cache`.
 
     `dataset_root` says where the images are, if not where they were. Raises `CacheError` if there is no manifest that can be

@@ -28,6 +28,8 @@ STATE = "state"
 WEIGHTS = "weights."
 OPTIMISER = "optimiser."
 LIVE = "live."
+UNTRAINED = "untrained"
+"""Key in the state of a head that has nothing to train: it is finished with its first epoch."""
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
@@ -90,7 +92,7 @@ def restore_live(average: Average, tensors: Mapping[str, Tensor], path: Path) ->
 
 
 def optimiser_tensors(phases: tuple[Phase, ...], optimisers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The moments and step counts of each phase's optimiser, by phase and parameter name."""
+    """The moments and step counts of each phase's AdamW, or the momentum of its SGD, by phase and parameter name."""
     tensors: dict[str, Tensor] = {}
     for phase in phases:
         for name, parameter in phase.parameters:

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from pcd.errors import TrainingError
-from pcd.heads.base import Batch, Head, Phase
-from pcd.recipe import TrainSection
+from pcd.heads.base import Batch, Head
+from pcd.recipe import OneCycle, TrainSection
 from pcd.training import checkpoints
 from pcd.training.rows import TrainingRows, random_stream
-from pcd.training.schedule import EarlyStopping, cosine
-from pcd.training.steps import Average, Products, Randomness, Turn, Turns, add_gradient, clip
+from pcd.training.schedule import EarlyStopping, cosine, one_cycle, stairs
+from pcd.training.steps import Average, Products, Randomness, Turn, Turns, add_gradient, clip, new_optimiser
 
 Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch did: mean losses (`phase/name`), validation metrics, what improved, learning rates by phase, speed."""
+    """What one epoch did: mean losses (`phase/name`), validation metrics, what improved, learning rates by phase, speed.
+
+    `factor` and `rates` are those of the epoch's last step. Where there was nothing to train, there are no losses and rates.
+    """
 
     epoch: int
     step: int
@@ -43,7 +46,7 @@ class EpochReport:
 
 
 class Loop:
-    """Trains a head on rows until the epochs or the patience run out.
+    """Trains a head on rows until the epochs or the patience run out. A head without phases is only validated and kept, once.
 
     Randomness inside an epoch (dropout) depends on (seed, epoch) only, and a checkpoint is written after every epoch, so a run
     that was interrupted anywhere continues to the same weights, bit for bit on the CPU. Within an epoch nothing waits for the
@@ -59,7 +62,11 @@ class Loop:
         validate: Callable[[Head], Metrics],
         folder: Path,
     ) -> None:
-        """`validate` gives the metrics of the head as it stands; checkpoints go to `folder`."""
+        """`validate` gives the metrics of the head as it stands; checkpoints go to `folder`.
+
+        Raises `UsageError` for a precision that the head's device does not have, `RecipeError` for phases that cannot be joint,
+        `TrainingError` for a head without phases that has parameters which require a gradient.
+        """
         self.head = head
         self.rows = rows
         self.epoch = 0
@@ -72,19 +79,31 @@ class Loop:
         self._validate = validate
         self._folder = folder
         phases = head.phases()
-        if not phases:
-            raise TrainingError("nothing is trained: every phase has 0 steps or no trainable parameters.")
-        self._device = phases[0].parameters[0][1].device
+        if not phases and any(parameter.requires_grad for parameter in head.parameters()):
+            raise TrainingError(
+                "nothing is trained: every phase has 0 steps or no trainable parameters, but the head has parameters to train."
+            )
+        self._device = next((tensor.device for tensor in head.state_dict().values()), torch.device("cpu"))
         self._precision = Products(settings.precision, self._device)
         self._turns = Turns(phases, settings.joint)
-        self._optimisers = {phase.name: _optimiser(phase) for phase in self._turns.phases}
+        self._optimisers = {phase.name: new_optimiser(phase) for phase in self._turns.phases}
         self._average: Average | None = None
         self._now: _Epoch
 
     @property
+    def trains(self) -> bool:
+        """Whether there is anything to train: whether the head has phases."""
+        return bool(self._turns.phases)
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs there are at most: one, in which no batch is read, if there is nothing to train."""
+        return self._settings.epochs if self.trains else 1
+
+    @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return is_finished(self._settings, self.epoch, self.stopping.wait)
+        return is_finished(self._settings, self.epoch, self.stopping.wait, trains=self.trains)
 
     def resume(self) -> bool:
         """Go back to the last checkpoint; False if there is none."""
@@ -105,14 +124,15 @@ class Loop:
         """Train until finished. Raises `TrainingError` for a loss that is not finite or rows that teach nothing."""
         while not self.finished:
             self.begin()
-            with self.randomness():
-                for batch in self.rows.epoch(self.epoch):
-                    self.learn(batch)
+            if self.trains:
+                with self.randomness():
+                    for batch in self.rows.epoch(self.epoch):
+                        self.learn(batch)
             on_epoch(self.end())
 
     def begin(self) -> None:
         """Begin an epoch. Raises `TrainingError` if it has no batch."""
-        if self.rows.steps() == 0:
+        if self.trains and self.rows.steps() == 0:
             raise TrainingError(
                 f"an epoch has no batch: {len(self.rows.rows)} rows, batch_size {self._settings.batch_size}, "
                 "drop_last; lower train.batch_size or set train.drop_last=false."
@@ -130,6 +150,7 @@ class Loop:
     def learn(self, batch: Batch) -> None:
         """One step."""
         now, turn, learnt = self._now, self._turns.at(self.step), False
+        now.factor = self._factor()
         with self._precision.used():
             for term in turn.terms:
                 with self._precision.forward():
@@ -146,7 +167,8 @@ class Loop:
         now = self._now
         losses = now.means()
         trained = time.perf_counter() - now.begin
-        self._check(losses, now.numbers)
+        if self.trains:
+            self._check(losses, now.numbers)
         with self._weights_to_keep() as live:
             with self._precision.used(), self._precision.forward():
                 metrics = {name: float(value) for name, value in self._validate(self.head).items()}
@@ -170,11 +192,16 @@ class Loop:
         return report
 
     def _factor(self) -> float:
-        """What the learning rates of the coming epoch are multiplied by."""
+        """What the learning rates of the coming step are multiplied by; but for one cycle, the same for all of an epoch."""
         settings = self._settings
-        if settings.decay == "plateau":
+        if settings.decay == "plateau" or not self.trains:
             return self.stopping.factor
-        return cosine(self.epoch, settings.decay_epochs or settings.epochs, settings.decay_floor)
+        if settings.decay == "step":
+            return stairs(self.epoch, settings.decay_step or 1, settings.decay_factor or 1.0)
+        epochs = settings.decay_epochs or settings.epochs
+        if settings.decay == "onecycle":
+            return one_cycle(self.step, epochs * self.rows.steps(), settings.onecycle or OneCycle())
+        return cosine(self.epoch, epochs, settings.decay_floor)
 
     def _weights_to_keep(self) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The head with the weights that are validated and kept; gives the weights behind an average."""
@@ -196,7 +223,7 @@ class Loop:
         if bad:
             raise TrainingError(
                 f"epoch {self.epoch + 1}: the mean of {bad[0]} is {means[bad[0]]}; the last good epoch is {self.epoch}. "
-                "Lower the learning rates (head.embedding.lr, head.depth.lr)."
+                "Lower the learning rates of [head], or limit the gradient (train.grad_clip)."
             )
         if not any(numbers.values()):
             raise TrainingError(
@@ -211,22 +238,26 @@ class Loop:
             path = checkpoints.epoch_file(self._folder, self.epoch)
             checkpoints.save(path, weights, {"epoch": self.epoch, "metrics": report.metrics})
         state = {"epoch": self.epoch, "step": self.step, "stopping": self.stopping.state(), "history": self.history}
+        state |= {} if self.trains else {checkpoints.UNTRAINED: True}
         tensors = {**weights, **checkpoints.live_tensors(live)}
         tensors |= checkpoints.optimiser_tensors(self._turns.phases, self._optimisers)
         checkpoints.save(self._folder / checkpoints.LAST, tensors, state)
         checkpoints.prune(self._folder, self.stopping.kept_epochs)
 
 
-def is_finished(settings: TrainSection, epoch: int, wait: int) -> bool:
-    """Whether training ends after `epoch` epochs, the last `wait` of them without improvement."""
-    return epoch >= settings.epochs or wait >= settings.patience
+def is_finished(settings: TrainSection, epoch: int, wait: int, *, trains: bool = True) -> bool:
+    """Whether training ends after `epoch` epochs, the last `wait` of them without improvement.
+
+    Where there is nothing to train (`trains` is False) one is all there is.
+    """
+    return epoch >= (settings.epochs if trains else 1) or wait >= settings.patience
 
 
-def _optimiser(phase: Phase) -> torch.optim.Optimizer:
-    """AdamW; on a GPU all its parameters in one kernel."""
-    parameters = [parameter for _, parameter in phase.parameters]
-    fused = True if parameters[0].device.type == "cuda" else None
-    return torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=phase.weight_decay, fused=fused)
+def epochs_left(settings: TrainSection, state: Mapping[str, Any]) -> int:
+    """How many more epochs a training may take whose checkpoint holds `state`; 0 if it is finished."""
+    trains = checkpoints.UNTRAINED not in state
+    finished = is_finished(settings, state["epoch"], state["stopping"]["wait"], trains=trains)
+    return 0 if finished else settings.epochs - int(state["epoch"])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Early stopping and learning-rate decay: on validation metrics (paper, section 3.3), or over the epochs."""
+"""Early stopping and learning-rate decay: on validation metrics (paper, section 3.3), or over the epochs or steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pcd.recipe import OneCycle
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,27 @@ class EarlyStopping:
 def cosine(epoch: int, epochs: int, floor: float) -> float:
     """What the learning rate is multiplied by in the epoch after `epoch` whole ones: 1 at first, `floor` from `epochs` on."""
     return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
+
+
+def stairs(epoch: int, length: int, factor: float) -> float:
+    """What the learning rate is multiplied by in the epoch after `epoch` whole ones: `factor` for every `length` of them."""
+    return float(factor ** (epoch // length))
+
+
+def one_cycle(step: int, steps: int, shape: OneCycle) -> float:
+    """What the learning rate is multiplied by in the step after `step` others, of `steps`; later ones stay at the end.
+
+    Half a cosine from `1 / div_factor` up to 1 at step `pct_start * steps - 1` (counted from 0), and half a cosine down to
+    `1 / (div_factor * final_div_factor)` at the last. Momentum is not cycled, as with torch's `cycle_momentum=False`.
+    """
+    begin = 1.0 / shape.div_factor
+    top, end = shape.pct_start * steps - 1, steps - 1
+    if step < top:
+        return _eased(begin, 1.0, step / top)
+    share = min((step - top) / (end - top), 1.0) if end > top else 0.0
+    return _eased(1.0, begin / shape.final_div_factor, share)
+
+
+def _eased(first: float, last: float, share: float) -> float:
+    """Half a cosine from `first` to `last`."""
+    return last + (first - last) * (1.0 + math.cos(math.pi * share)) / 2

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pcd.cache import Column, Table
+from pcd.remote import RemotePath
 
 Rows = npt.NDArray[np.int64]
 Residency = Literal["auto", "device", "host", "stream"]
@@ -24,6 +25,8 @@ SHARE_OF_MEMORY = 0.5
 SHARE_OF_DEVICE = 0.7
 """The same for the memory of a GPU: the head, its optimisers and a batch's activations need the rest."""
 LOAD_ROWS = 512
+FETCHED_AHEAD = 8
+"""Batches that are on their way from an object store."""
 WORTH_LEAVING_OUT = 0.8
 """Patches that never count are left out of what is held if less than this share of the patches remains."""
 
@@ -43,6 +46,8 @@ class Placed:
     source: RowSource
     words: str
     ahead: int = 0
+    threads: int = 1
+    """How many of these batches are read at once: more than one where it is answers that take their time."""
 
 
 def place_rows(
@@ -70,7 +75,10 @@ def place_rows(
         words += f", {room / 1e9:.1f} GB on {device}"
     chosen = _chosen(residency, size, free, room)
     if chosen == "stream":
-        return Placed(StreamedRows(table, columns, device), f"{words}: read from the cache batch by batch", 8 if room else 2)
+        streamed, words = StreamedRows(table, columns, device), f"{words}: read from the cache batch by batch"
+        if isinstance(table.root, RemotePath):
+            return Placed(streamed, words, FETCHED_AHEAD, FETCHED_AHEAD)
+        return Placed(streamed, words, 8 if room else 2)
     where = device if chosen == "device" else torch.device("cpu")
     held = HeldRows(table, columns, rows, device, where, keep)
     return Placed(held, f"{words}: held {f'on {device}' if chosen == 'device' else 'in memory'}", 4 if held.crosses else 0)

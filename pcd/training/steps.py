@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pcd.errors import UsageError
+from pcd.errors import RecipeError, UsageError
 from pcd.heads.base import Phase
 
 JOINT = "joint"
@@ -39,13 +39,15 @@ class Turns:
     """
 
     def __init__(self, phases: Sequence[Phase], joint: bool) -> None:
-        """`joint` merges several phases into one over the parameters of them all, with the rates of the first."""
+        """`joint` merges several phases into one over the parameters of them all, with the rates of the first.
+
+        Raises `RecipeError` if their optimisers differ.
+        """
         self._terms: dict[str, tuple[Phase, ...]] = {phase.name: (phase,) for phase in phases}
         self.phases = tuple(phases)
         """The phases that have an optimiser."""
         if joint and len(phases) > 1:
-            everything = {name: parameter for phase in phases for name, parameter in phase.parameters}
-            self.phases = (Phase(JOINT, 1, tuple(everything.items()), phases[0].lr, phases[0].weight_decay),)
+            self.phases = (_joined(phases),)
             self._terms = {JOINT: tuple(phases)}
         self._cycle = [(phase, place) for phase in self.phases for place in range(phase.steps)]
 
@@ -53,6 +55,32 @@ class Turns:
         """The turn of a step. A phase that is alone begins once; the others begin anew in every cycle."""
         phase, place = self._cycle[step % len(self._cycle)]
         return Turn(phase, self._terms[phase.name], step if len(self.phases) == 1 else place)
+
+
+def _joined(phases: Sequence[Phase]) -> Phase:
+    """One phase for all."""
+    if len({_optimiser_of(phase) for phase in phases}) > 1:
+        shown = ", ".join(f"{phase.name} has {_optimiser_of(phase)}" for phase in phases)
+        raise RecipeError(
+            f"train.joint steps for all phases of the head with one optimiser, and theirs differ: {shown}. Give all phases the "
+            "same optimiser and momentum in [head], or leave train.joint out."
+        )
+    everything = {name: parameter for phase in phases for name, parameter in phase.parameters}
+    return replace(phases[0], name=JOINT, steps=1, parameters=tuple(everything.items()))
+
+
+def _optimiser_of(phase: Phase) -> str:
+    """For example `sgd with momentum 0.9`."""
+    return f"sgd with momentum {phase.momentum:g}" if phase.optimiser == "sgd" else phase.optimiser
+
+
+def new_optimiser(phase: Phase) -> torch.optim.Optimizer:
+    """AdamW, on a GPU all its parameters in one kernel; or SGD, whose weight decay is part of the gradient (L2)."""
+    parameters = [parameter for _, parameter in phase.parameters]
+    if phase.optimiser == "sgd":
+        return torch.optim.SGD(parameters, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
+    fused = True if parameters[0].device.type == "cuda" else None
+    return torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=phase.weight_decay, fused=fused)
 
 
 def add_gradient(total: Tensor, phase: Phase) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 
 from pcd.cache import Table
@@ -18,8 +20,25 @@ from pcd.regions import garg, inside
 from pcd.views import ViewPlan, to_views
 
 STATISTICS = ("present", "count", "mean", "var")
-CHUNK = 256
-"""Rows whose canvas depth is in memory at once: 58 MB at 336x336."""
+CHUNK_PIXELS = 1 << 22
+"""Pixels of canvas depth that statistics are made of at once: they take some 40 bytes each."""
+BYTES = 13
+"""A patch of `RowTargets`."""
+SHARE_OF_MEMORY = 0.25
+"""Targets are held up to this share of the host memory that is free; columns want the rest."""
+
+
+class Targets(Protocol):
+    """Targets of the rows of a training."""
+
+    @property
+    def cells(self) -> int:
+        """Patches of a row."""
+        ...
+
+    def batch(self, positions: npt.NDArray[np.int64], device: torch.device) -> PatchTargets:
+        """The targets of some rows, by their place among all rows of the training, as tensors `(B, P)`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,11 +50,50 @@ class RowTargets:
     var: npt.NDArray[np.float32]
     valid: npt.NDArray[np.bool_]
 
+    @property
+    def cells(self) -> int:
+        """Patches of a row."""
+        return int(self.valid.shape[1])
+
     def batch(self, positions: npt.NDArray[np.int64], device: torch.device) -> PatchTargets:
         """The targets of some rows as tensors `(B, P)`."""
         return PatchTargets.from_host(
             self.count[positions], self.mean[positions], self.var[positions], self.valid[positions], device=device
         )
+
+    def whole(self, device: torch.device) -> PatchTargets:
+        """The targets of all rows as tensors `(N, P)`; on a CPU in the same memory."""
+        return PatchTargets.from_host(self.count, self.mean, self.var, self.valid, device=device)
+
+
+class StreamedTargets:
+    """Targets that are made for each batch from the stored ground truth, bit for bit those that `RowTargets` would hold."""
+
+    def __init__(
+        self,
+        table: Table,
+        rows: npt.NDArray[np.int64],
+        grid: tuple[int, int],
+        settings: Supervision,
+        depth_range: tuple[float, float],
+        group: str,
+    ) -> None:
+        """As `row_targets`, of one supervision."""
+        self._rows = rows
+        self._maker = _Maker(table, grid, settings, depth_range, group)
+
+    @property
+    def cells(self) -> int:
+        """Patches of a row."""
+        return self._maker.cells
+
+    def made(self, rows: npt.NDArray[np.int64]) -> RowTargets:
+        """The targets of rows of the table, in the order asked. Several threads may ask at once."""
+        return self._maker.targets(rows)
+
+    def batch(self, positions: npt.NDArray[np.int64], device: torch.device) -> PatchTargets:
+        """The targets of some rows as tensors `(B, P)`."""
+        return self.made(self._rows[positions]).whole(device)
 
 
 def pixel_rule(settings: Supervision, depth_range: tuple[float, float]) -> PixelRule:
@@ -65,56 +123,70 @@ def row_targets(
 
     Equal supervisions share their arrays.
     """
-    made: dict[Supervision, RowTargets] = {}
-    for supervision in settings.values():
-        if supervision not in made:
-            made[supervision] = _row_targets(table, rows, grid, supervision, depth_range, group)
+    made = {each: _Maker(table, grid, each, depth_range, group).targets(rows) for each in dict.fromkeys(settings.values())}
     return {name: made[supervision] for name, supervision in settings.items()}
 
 
-def _row_targets(
+def training_targets(
     table: Table,
     rows: npt.NDArray[np.int64],
     grid: tuple[int, int],
-    settings: Supervision,
+    settings: Mapping[str, Supervision],
     depth_range: tuple[float, float],
     group: str,
-) -> RowTargets:
-    rule, mask = pixel_rule(settings, depth_range), mask_views(settings, table.plan)
-    height, width = table.plan.view_size
-    pixels = height * width // (grid[0] * grid[1])
-    share = None if mask is None else to_patches(mask, grid).mean(axis=-1).astype(np.float32)
-    patch_rule = PatchRule(settings.min_present, settings.min_in_mask, settings.patch_mask_open, settings.min_mean)
-    parts = []
-    for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK]
-        views = part % table.views
-        pixel_mask = None if mask is None or not settings.mask_pixels else mask[views]
-        statistics = _statistics(table, group, part, grid, rule, pixel_mask)
-        valid = supervised(statistics, patch_rule, pixels, None if share is None else share[views])
-        parts.append((statistics, valid))
-    valid = np.concatenate([valid for _, valid in parts])
-    return RowTargets(
-        count=np.concatenate([part.count for part, _ in parts]).astype(np.float32) * valid,
-        mean=np.concatenate([part.mean for part, _ in parts]),
-        var=np.concatenate([part.var for part, _ in parts]),
-        valid=valid,
-    )
+    hold: bool | None = None,
+) -> Mapping[str, Targets]:
+    """The same for a training: held if `hold`, made for each batch if it is False; absent: held if memory has room for them.
+
+    Either way they are the same bits.
+    """
+    distinct = dict.fromkeys(settings.values())
+    if hold is None:
+        size = BYTES * len(rows) * grid[0] * grid[1] * len(distinct)
+        hold = size <= SHARE_OF_MEMORY * psutil.virtual_memory().available
+    if hold:
+        return row_targets(table, rows, grid, settings, depth_range, group)
+    streamed = {each: StreamedTargets(table, rows, grid, each, depth_range, group) for each in distinct}
+    return {name: streamed[supervision] for name, supervision in settings.items()}
 
 
-def _statistics(
-    table: Table,
-    group: str,
-    rows: npt.NDArray[np.int64],
-    grid: tuple[int, int],
-    rule: PixelRule,
-    mask: npt.NDArray[np.bool_] | None,
-) -> PatchStatistics:
-    """The stored statistics if they were made by this rule, else the same function on the stored canvas depth."""
-    stored_as = table.manifest.columns[f"{group}/count"].fingerprint.get("rule")
-    if mask is None and stored_as == {**rule.as_json(), "grid": list(grid)}:
-        return PatchStatistics(*(table.column(f"{group}/{name}").read(rows) for name in STATISTICS))
-    canvas = table.column(f"{group}/canvas")
-    if canvas.spec.units_per_metre is None:
-        raise CacheError(f"{table.root}: column {group}/canvas does not say how its integers become metres.")
-    return patch_statistics(canvas.read(rows), canvas.spec.units_per_metre, grid, rule, mask)
+class _Maker:
+    """Makes the targets of rows under one supervision."""
+
+    def __init__(
+        self, table: Table, grid: tuple[int, int], settings: Supervision, depth_range: tuple[float, float], group: str
+    ) -> None:
+        self.cells = grid[0] * grid[1]
+        self._table, self._grid, self._group = table, grid, group
+        self._rule, self._mask = pixel_rule(settings, depth_range), mask_views(settings, table.plan)
+        self._mask_pixels = settings.mask_pixels
+        self._share = None if self._mask is None else to_patches(self._mask, grid).mean(axis=-1).astype(np.float32)
+        self._patch_rule = PatchRule(settings.min_present, settings.min_in_mask, settings.patch_mask_open, settings.min_mean)
+        height, width = table.plan.view_size
+        self._view_pixels = height * width
+
+    def targets(self, rows: npt.NDArray[np.int64]) -> RowTargets:
+        """The targets of rows of the table, a bounded number of pixels at a time."""
+        shape, size = (len(rows), self.cells), max(1, CHUNK_PIXELS // self._view_pixels)
+        count, mean, var = (np.empty(shape, dtype=np.float32) for _ in range(3))
+        found = RowTargets(count, mean, var, np.empty(shape, dtype=np.bool_))
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            statistics = self._statistics(rows[part])
+            share = None if self._share is None else self._share[rows[part] % self._table.views]
+            valid = supervised(statistics, self._patch_rule, self._view_pixels // self.cells, share)
+            found.count[part] = statistics.count.astype(np.float32) * valid
+            found.mean[part], found.var[part], found.valid[part] = statistics.mean, statistics.var, valid
+        return found
+
+    def _statistics(self, rows: npt.NDArray[np.int64]) -> PatchStatistics:
+        """The stored statistics if they were made by this rule, else the same function on the stored canvas depth."""
+        table, group, rule = self._table, self._group, self._rule
+        mask = self._mask[rows % table.views] if self._mask is not None and self._mask_pixels else None
+        stored_as = table.manifest.columns[f"{group}/count"].fingerprint.get("rule")
+        if mask is None and stored_as == {**rule.as_json(), "grid": list(self._grid)}:
+            return PatchStatistics(*(table.column(f"{group}/{name}").read(rows) for name in STATISTICS))
+        canvas = table.column(f"{group}/canvas")
+        if canvas.spec.units_per_metre is None:
+            raise CacheError(f"{table.root}: column {group}/canvas does not say how its integers become metres.")
+        return patch_statistics(canvas.read(rows), canvas.spec.units_per_metre, self._grid, rule, mask)

@@ -41,16 +41,21 @@ class Group:
         for loop in self._whole():
             with self._guard(loop):
                 loop.begin()
-        if not self._whole():
-            return
-        with closing(self._whole()[0].rows.read(epoch, placed)) as found:
-            for rows, columns in found:
-                for loop in self._whole():
-                    with self._guard(loop), loop.randomness():
-                        loop.learn(loop.rows.batch(rows, columns))
+        if learning := [loop for loop in self._whole() if loop.trains]:
+            self._learn(learning, epoch, placed)
         for loop in self._whole():
             with self._guard(loop):
                 on_epoch(loop, loop.end())
+
+    def _learn(self, loops: Sequence[Loop], epoch: int, placed: Placed) -> None:
+        """All batches of an epoch; each is read once."""
+        targets = [target for loop in loops for target in loop.rows.streamed]
+        with closing(loops[0].rows.read(epoch, placed, targets)) as found:
+            for loaded in found:
+                for loop in loops:
+                    if loop not in self.failed:
+                        with self._guard(loop), loop.randomness():
+                            loop.learn(loop.rows.batch(loaded))
 
     def _whole(self) -> list[Loop]:
         return [loop for loop in self._loops if loop not in self.failed]
