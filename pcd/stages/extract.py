@@ -6,9 +6,10 @@ committed is never computed again; an interrupted extraction continues with the 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from pcd.cache import Cache, provenance
 from pcd.cache.compact import TokenForm
 from pcd.cache.lock import sharing, writing
 from pcd.datasets import create_dataset
+from pcd.device import resolve_device
 from pcd.encoders import key_of, request_of
 from pcd.errors import RecipeError, UsageError
+from pcd.overlap import ahead
 from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
 from pcd.remote import AnyPath, any_path
@@ -29,12 +32,16 @@ from pcd.stages.needs import asked_by, columns_of_all, needs_of_all
 from pcd.stages.parts import Part
 from pcd.stages.plan import plan_manifest, plan_tables, refuse_other_form, view_plan
 from pcd.stages.shard_results import Results, refuse_failures, unexplained
-from pcd.stages.shard_task import ShardTask, device_name, open_tasks, run_task, views_per_batch
+from pcd.stages.shard_task import Kit, Outcome, ShardTask, device_name, open_tasks, run_task, views_per_batch
 from pcd.stages.texts import lacks_texts
 from pcd.views import TRUTH
 
 if TYPE_CHECKING:
     from pcd.stages.rows import OnError
+
+
+AT_ONCE = 3
+"""On a GPU one range is decoded, one encoded, one written; memory is that of three (see `pcd.stages.rows`)."""
 
 
 @dataclass
@@ -221,12 +228,43 @@ def _carry_out(order: Order, ready: Ready, begun: float) -> Extraction:
 def _run(order: Order, ready: Ready, todo: list[ShardTask], results: Results) -> None:
     progress = order.progress
     if ready.kit is not None:
+        if ranges_at_once(order.device) > 1:
+            _overlapped(ready.kit, todo, results, progress, ranges_at_once(order.device))
+            return
         for task in todo:
             results.take(task, run_task(ready.kit, task, progress.advance, progress.say))
     elif todo:
         from pcd.stages.extract_workers import run_on_workers  # distributed is imported by who uses it
 
         run_on_workers(ready.job, todo, results, progress, workers=order.workers, address=order.dask)
+
+
+def ranges_at_once(device: str) -> int:
+    """How many ranges of samples are under way in this process: a GPU encodes one faster than it is decoded or written.
+
+    On a CPU there is nothing to be gained, and changes on the disk keep their order.
+    """
+    return 1 if resolve_device(device) == "cpu" else AT_ONCE
+
+
+def _overlapped(kit: Kit, todo: list[ShardTask], results: Results, progress: Progress, number: int) -> None:
+    """One range after the other is encoded, while those before it are written and those behind it decoded."""
+    stopped = threading.Event()
+
+    def check() -> None:
+        if stopped.is_set():
+            raise InterruptedError
+
+    def run(task: ShardTask) -> Outcome:
+        check()
+        return run_task(kit, task, progress.advance, progress.say, check)
+
+    with closing(ahead(run, todo, number, number - 1)) as outcomes:
+        try:
+            for task, outcome in zip(todo, outcomes, strict=True):
+                results.take(task, outcome)
+        finally:
+            stopped.set()  # what is under way ends after its batch
 
 
 def _record(order: Order, ready: Ready, results: Results, begun: float) -> None:

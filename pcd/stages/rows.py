@@ -13,6 +13,8 @@ them with 64 views to a batch on a GPU (g = 32, T = 16). What the encoder itself
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal
@@ -38,6 +40,8 @@ OnError = Literal["stop", "skip"]
 DECODE_THREADS = 4
 """At least so many decode. Beside an encoder on a GPU, which leaves the cores alone, as many as torch may use."""
 NATIVE = "depth/native"
+_TURN = threading.Lock()
+"""Held by the range of samples that is being encoded: others are decoded or written meanwhile."""
 
 
 class _Group:
@@ -108,9 +112,11 @@ class RowMaker:
             return group if number == len(group.keys) - 1 else None
 
         with closing(ahead(load, places(), threads, 2 * size + threads)) as loaded:
-            for group in loaded:
-                if group is not None:
-                    yield len(group.keys), self._encode(group, columns, source)
+            first = next(loaded, None)  # decoding has begun, whoever is encoding
+            with _TURN:
+                for group in itertools.chain([first], loaded):
+                    if group is not None:
+                        yield len(group.keys), self._encode(group, columns, source)
 
     def _load(self, source: Split, key: str, columns: set[str], *, skippable: bool) -> tuple[Arrays, Views | None]:
         """Everything of a sample but the encoder's columns, and its views `(views, h, w, 3)` if those are wanted."""

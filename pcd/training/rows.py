@@ -1,9 +1,9 @@
 """Training rows: which ones an epoch visits, in which order, and the batches made of them.
 
 The order is random over all rows, wherever they lie, also when they are streamed: a row of tokens is a chunk of its own of
-nearly 1 MB, which is read as fast from anywhere as from next to the last one. An order shuffled in blocks of shards gains a few
-per cent (`benchmarks/row_order.py`) and would make neighbours meet in a batch. On a disk whose heads move it would gain more:
-a cache there is better copied to another (`pcd cache copy`) or held in memory.
+nearly 1 MB, which is read nearly as fast from anywhere as from next to the last one. An order shuffled in blocks of shards
+gains less than a tenth (`benchmarks/row_order.py`), and neighbours would meet in a batch. On a disk whose heads move it gains
+more: a cache there is better copied to another (`pcd cache copy`) or held in memory.
 """
 
 from __future__ import annotations
