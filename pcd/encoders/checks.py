@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pcd.errors import UsageError, WeightsError
@@ -21,20 +22,33 @@ def check_views(views: torch.Tensor, view_size: tuple[int, int]) -> None:
         )
 
 
-def check_divides(what: str, cell: int, view_size: tuple[int, int]) -> tuple[int, int]:
-    """The grid (rows, columns) of cells of `cell` pixels in a view.
+def check_divides(what: str, cell: tuple[int, int], view_size: tuple[int, int], called: str = "cells") -> tuple[int, int]:
+    """The grid (rows, columns) of cells of `cell` (height, width) pixels in a view; `called` is what such a cell is.
 
-    Raises `UsageError`, naming `what` has such cells, if they do not cover it exactly: convolutions drop the rest in silence.
+    Raises `UsageError`, naming `what` has them, if they do not cover it exactly: convolutions drop the rest in silence.
     """
-    for side, length in zip(("height", "width"), view_size, strict=True):
-        if length % cell or length < cell:
-            below, above = length // cell * cell, (length // cell + 1) * cell
+    for side, length, pixels in zip(("height", "width"), view_size, cell, strict=True):
+        if length % pixels or length < pixels:
+            below, above = length // pixels * pixels, (length // pixels + 1) * pixels
             near = f"{below} or {above}" if below else f"{above}"
             raise UsageError(
-                f"views of {view_size[0]}x{view_size[1]} pixels: {what} has cells of {cell} pixels, which do not divide the "
-                f"{side} {length}; the nearest that fits is {near} (views.canvas, views.grid)."
+                f"views of {view_size[0]}x{view_size[1]} pixels: {what} has {called} of {pixels} pixels, which do not divide "
+                f"the {side} {length}; the nearest that fits is {near} (views.canvas, views.grid)."
             )
-    return view_size[0] // cell, view_size[1] // cell
+    return view_size[0] // cell[0], view_size[1] // cell[1]
+
+
+def encoded(
+    network: Callable[[torch.Tensor], dict[str, torch.Tensor]], views: torch.Tensor, view_size: tuple[int, int], device: str
+) -> dict[str, torch.Tensor]:
+    """What a network on `device` makes of views, both checked."""
+    import torch
+
+    check_views(views, view_size)
+    with torch.no_grad():
+        columns = network(views.to(device, non_blocking=True))
+    check_finite(columns)
+    return columns
 
 
 def check_finite(columns: dict[str, torch.Tensor]) -> None:

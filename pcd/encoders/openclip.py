@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pcd.columns import ColumnSpec
 from pcd.device import resolve_device, resolve_precision
 from pcd.encoders.base import EncoderOptions
-from pcd.encoders.checks import check_finite, check_views
+from pcd.encoders.checks import encoded
 from pcd.encoders.weights import describe_file, find_weights, read_state
 from pcd.errors import TextTowerError
 from pcd.fingerprint import digest, file_digest
@@ -168,13 +168,7 @@ class OpenClipEncoder:
         forward pass. Raises `UsageError` for views of another shape or dtype and `WeightsError` if a value is not a number or
         does not fit float16.
         """
-        import torch
-
-        check_views(views, self.view_size)
-        with torch.no_grad():
-            columns: dict[str, torch.Tensor] = self._network(views.to(self.device, non_blocking=True))
-        check_finite(columns)
-        return columns
+        return encoded(self._network, views, self.view_size, self.device)
 
     def network(self) -> torch.nn.Module:
         """What `encode` computes, as a network without checks: see `pcd.encoders.base.Exportable`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pcd.encoders.checks import check_divides
 from pcd.encoders.torchvision_schemas import make_torchvision_importable
 from pcd.encoders.weights import fetch_published, first_line
 from pcd.errors import TextTowerError, UsageError, WeightsError, suggest
@@ -163,17 +164,9 @@ def _hub_files(config: Mapping[str, Any]) -> tuple[str, list[str]]:
 def grid_of_view(architecture: Architecture, view_size: Size) -> Size:
     """Patches of a view: (rows, columns).
 
-    Raises `UsageError` if they do not cover it exactly: strided convolutions drop the rest without a word.
+    Raises `UsageError` if they do not cover it exactly.
     """
-    for side, length, patch in zip(("height", "width"), view_size, architecture.patch, strict=True):
-        if length % patch or length < patch:
-            below, above = length // patch * patch, (length // patch + 1) * patch
-            near = f"{below} or {above}" if below else f"{above}"
-            raise UsageError(
-                f"views of {view_size[0]}x{view_size[1]} pixels: {architecture.name} has patches of {patch} pixels, which do "
-                f"not divide the {side} {length}; the nearest that fits is {near} (views.canvas, views.grid)."
-            )
-    return view_size[0] // architecture.patch[0], view_size[1] // architecture.patch[1]
+    return check_divides(architecture.name, architecture.patch, view_size, "patches")
 
 
 def find_tokenizer(architecture: Architecture) -> Any:

@@ -46,7 +46,7 @@ class PixelEncoder:
 
         _refuse(model, options)
         self.device, self.view_size, self._stride = resolve_device(device), view_size, options.stride
-        self.grid = check_divides("encoder pixels (stride)", options.stride, view_size)
+        self.grid = check_divides("encoder pixels (stride)", (options.stride, options.stride), view_size)
         self._name = f"{options.prefix or PREFIX}/rgb"
         how = "the view in 8 bits" if options.stride == 1 else f"mean of {options.stride}x{options.stride} pixels in 8 bits"
         self.columns = (ColumnSpec(self._name, (*self.grid, 3), "uint8", ("y", "x", "channel"), f"RGB, {how}"),)

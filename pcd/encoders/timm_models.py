@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pcd.columns import ColumnSpec
 from pcd.device import resolve_device, resolve_precision
 from pcd.encoders.base import EncoderOptions
-from pcd.encoders.checks import check_finite, check_views
+from pcd.encoders.checks import encoded
 from pcd.encoders.weights import describe_file, find_weights, read_state
 from pcd.errors import TextTowerError, UsageError
 from pcd.fingerprint import file_digest
@@ -192,13 +192,7 @@ class TimmEncoder:
         Raises `UsageError` for views of another shape or dtype and `WeightsError` if a value is not a number or does not fit
         float16.
         """
-        import torch
-
-        check_views(views, self.view_size)
-        with torch.no_grad():
-            columns: dict[str, torch.Tensor] = self._network(views.to(self.device, non_blocking=True))
-        check_finite(columns)
-        return columns
+        return encoded(self._network, views, self.view_size, self.device)
 
     def network(self) -> torch.nn.Module:
         """What `encode` computes, as a network without checks: see `pcd.encoders.base.Exportable`."""

@@ -143,7 +143,8 @@ def load_network(
         model = _load(architecture, view_size, state, source)
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
         raise UsageError(f"timm model {architecture.name!r} cannot be used: it has no forward_intermediates().")
-    grid = check_divides(architecture.name, int(model.feature_info[-1]["reduction"]), view_size)
+    cell = int(model.feature_info[-1]["reduction"])
+    grid = check_divides(architecture.name, (cell, cell), view_size)
     model.eval().requires_grad_(False)
     return TimmNetwork(model.to(DTYPES[precision]), architecture, precision), grid
 
