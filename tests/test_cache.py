@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import zarr
 from pcd.cache import Cache, ColumnEntry, Manifest, TableEntry, commits
 from pcd.cache.column import chunk_path
 from pcd.cache.lock import writing
+from pcd.cache.shards import LARGE
 from pcd.cache.verify import damaged_shards, verify_cache
 from pcd.cache.writer import RangeWriter
 from pcd.columns import ColumnSpec
@@ -105,6 +108,26 @@ def test_arrays_carry_names_units_and_fingerprints(full: tuple[Cache, dict[str, 
     assert array.attrs["fingerprint"] == digest({"made by": "depth/canvas"})
     assert array.shards == (SHARD * 4, 4, 6)
     assert array.chunks == (1, 4, 6)
+
+
+def test_a_record_vouches_for_the_bytes_that_were_appended_whatever_becomes_of_the_array(tmp_path: Path) -> None:
+    """Large rows are hashed while they are written: the array is the caller's again once it is appended."""
+    wide = ColumnSpec("clip/wide", (LARGE // 2 + 3,), "float16", ("channel",), "noise")
+    cache = make_cache(tmp_path)
+    cache.add_columns({wide.name: ColumnEntry(wide, SHARD, ("train",), {"made by": "noise"})})
+    table, rng = cache.table("train"), np.random.default_rng(0)
+    first = rng.integers(0, 1 << 14, (16, *wide.shape), dtype=np.uint16).view(np.float16)
+    expected = first.copy()
+    with RangeWriter(table, [wide.name], 0, 4) as writer:  # two shards of eight rows
+        for start, stop in itertools.pairwise((0, 3, 4, 10, 16)):
+            writer.append({wide.name: first[start:stop]})
+            first[start:stop] = 1.0
+    column = table.column(wide.name)
+    column.refresh()
+    np.testing.assert_array_equal(column.read(range(16)), expected)
+    for shard in commits.committed(cache.root, "train", wide.name):
+        data = chunk_path(cache.root, "train", wide, shard).read_bytes()
+        assert commits.read(cache.root, "train", wide.name, shard).sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_uncommitted_rows_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import hashlib
 import io
 import os
 import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +34,8 @@ CRC_BYTES = 4
 ENTRY_BYTES = 16
 MISSING = 2**64 - 1
 ZSTD_LEVEL = 3
+LARGE = 1 << 18
+"""Bytes from which on it pays to hash in another thread while they are written."""
 
 
 RESIDUE = 0x48674BC7
@@ -60,6 +65,15 @@ class ShardRecord:
     sha256: str
 
 
+@cache
+def _hasher() -> ThreadPoolExecutor:
+    """One thread that hashes what is written meanwhile, piece by piece in the order given."""
+    return ThreadPoolExecutor(1, thread_name_prefix="pcd-hash")
+
+
+os.register_at_fork(after_in_child=_hasher.cache_clear)  # a forked child has no such thread and starts its own
+
+
 class ShardWriter:
     """Collects the rows of one shard in `<name>.partial`; `finish` makes them durable under the final name.
 
@@ -79,6 +93,7 @@ class ShardWriter:
         self._written = 0
         self._offset = 0
         self._hash = hashlib.sha256()
+        self._hashing: deque[Future[None]] = deque()
         with naming(path):
             make_folder(path.parent)
             self._handle: BinaryIO = io.BytesIO() if isinstance(path, RemotePath) else partial_of(path).open("wb")
@@ -89,7 +104,10 @@ class ShardWriter:
         return self._capacity - self._written
 
     def append(self, rows: npt.NDArray[Any]) -> None:
-        """Append rows `(n, *shape)`. Raises `ValueError` for another shape or dtype, or when the shard is full."""
+        """Append rows `(n, *shape)`, which must not change until `settle` or `finish`.
+
+        Raises `ValueError` for another shape or dtype, or when the shard is full.
+        """
         if rows.shape[1:] != self._spec.shape or rows.dtype != np.dtype(self._spec.dtype) or len(rows) > self.room:
             raise ValueError(
                 f"column {self._spec.name}: got {len(rows)} rows of {rows.shape[1:]} {rows.dtype}, "
@@ -108,8 +126,16 @@ class ShardWriter:
 
     def _write(self, data: Any) -> None:
         self._handle.write(data)
-        self._hash.update(data)
         self._offset += len(data)
+        if len(data) >= LARGE or self._hashing:  # in order behind those before it
+            self._hashing.append(_hasher().submit(self._hash.update, data))
+        else:
+            self._hash.update(data)
+
+    def settle(self) -> None:
+        """Wait until nobody looks at the appended rows any more."""
+        while self._hashing:
+            self._hashing.popleft().result()
 
     def finish(self) -> ShardRecord:
         """Write the index, fsync, rename, fsync the folder; of an object: upload it."""
@@ -124,6 +150,7 @@ class ShardWriter:
                 os.fsync(self._handle.fileno())
                 self._handle.close()
                 publish(partial_of(self.path), self.path)
+        self.settle()
         return ShardRecord(self._offset, self._hash.hexdigest())
 
     def abandon(self) -> None:

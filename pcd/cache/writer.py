@@ -43,6 +43,8 @@ class ColumnWriter:
             self._row += len(part)
             if self._row == end and self._writer is not None:
                 self._commit(shard, end)
+        if self._writer is not None:
+            self._writer.settle()
 
     def _write(self, shard: int, rows: npt.NDArray[Any]) -> None:
         column = self._column
