@@ -19,6 +19,7 @@ from pcd.stages.evaluate import evaluate
 from pcd.stages.export_bundle import export_bundle
 from pcd.stages.extract import extract
 from pcd.stages.inference import canvas_truth
+from pcd.stages.origin import Origin, Place
 from pcd.stages.predict import Predictor
 from pcd.stages.recipes import training_recipe
 from pcd.stages.repair import HERE, repair
@@ -95,6 +96,16 @@ def test_an_encoder_is_added_to_a_cache_that_is_there_and_no_other_runs_again(tm
     assert extract(fine(), root, device="cpu", progress=said).encoded == 0
     assert (ToyEncoder.calls, MapEncoder.calls, files(root)) == (calls, maps, after)
     assert sum("Nothing to do" in line for line in said) == 2
+
+
+def test_a_missing_text_tower_is_spoken_of_once_and_only_if_no_encoder_has_one(tmp_path: Path) -> None:
+    texts = {"name": "pureclip", "min_depth": 0.1, "max_depth": 10.0}
+    for text, times in ((True, 0), (False, 1)):
+        said = Said()
+        extract(
+            toy_recipe(head=texts, encoders=MAPS, encoder={"text": text}), tmp_path / f"{text}", device="cpu", progress=said
+        )
+        assert sum("no text tower" in line for line in said) == times
 
 
 def test_a_cache_of_small_patches_holds_their_depth_once(tmp_path: Path) -> None:
@@ -212,6 +223,18 @@ def test_damage_in_any_encoders_columns_is_mended(tmp_path: Path) -> None:
     assert {fault.column for fault in faults} == {"clip/patch", "maps/colour"}
     assert repair(root, faults, HERE).notes == []
     assert files(root) == before
+
+
+def test_weights_of_one_of_several_encoders_are_not_given_to_the_others(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    extract(fine(), one, device="cpu")
+    extract(toy_recipe(), two, device="cpu")
+    cache = extract(toy_recipe(encoder={"prefix": "alt", "gain": 2.0}), two, device="cpu").cache
+    moved = Place(weights="file", device="cpu")
+    given = [getattr(encoder, "random_weights", None) for encoder in Origin(Cache.open(one), moved).encoders]
+    assert given == [False, False]  # the toy's are now those of a file; maps have none to replace
+    with pytest.raises(UsageError, match=r"several encoders with weights \(toy, toy:alt\)"):
+        assert Origin(cache, moved).encoders
 
 
 METHOD = """extends = "folder"

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from pcd.views import ViewPlan
 
 
+NO_WEIGHTS = "none"
+"""Kind of the weights, in the fingerprint, of an encoder that has none, such as `pixels`."""
+
+
 class EncoderOptions(BaseModel):
     """Keys of the `[encoder]` table that every encoder understands; an encoder adds its own."""
 

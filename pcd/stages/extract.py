@@ -26,7 +26,7 @@ from pcd.progress import SILENT, Progress
 from pcd.recipe import Recipe
 from pcd.remote import AnyPath, any_path
 from pcd.stages.checks import refuse_other_samples
-from pcd.stages.extract_plan import Order, Ready, located_encoder, prepare, undisturbed
+from pcd.stages.extract_plan import How, Order, Ready, located_encoder, prepare, undisturbed
 from pcd.stages.frames import located
 from pcd.stages.needs import asked_by, columns_of_all, needs_of_all
 from pcd.stages.parts import Part
@@ -84,7 +84,7 @@ def extract(
     `SpaceError`, `FingerprintError` if the cache was made another way, and `IncompleteError` for shards that no worker could
     write.
     """
-    how = _How(device, on_error, batch_views, tokens, workers, dask, _share(workers, dask, part), progress)
+    how = How(device, on_error, batch_views, tokens, workers, dask, _share(workers, dask, part), progress)
     root = any_path(root)
     first, *others = _passes([recipe, *together])
     whole = _extract_one(first, root, how, also, last=not others)
@@ -113,21 +113,7 @@ def _passes(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class _How:
-    """What is the same for all encoders of an extraction."""
-
-    device: str
-    on_error: OnError
-    batch_views: int | None
-    tokens: TokenForm | None
-    workers: int
-    dask: str | None
-    part: Part | None
-    progress: Progress
-
-
-def _extract_one(served: Sequence[Recipe], root: AnyPath, how: _How, also: Sequence[Recipe] = (), *, last: bool) -> Extraction:
+def _extract_one(served: Sequence[Recipe], root: AnyPath, how: How, also: Sequence[Recipe] = (), *, last: bool) -> Extraction:
     """The pass of the encoder that the recipes `served` name; `last` if no other follows."""
     begun, recipe, recipes, progress = time.monotonic(), served[0], [*served, *also], how.progress
     columns = partial(columns_of_all, served)
@@ -156,14 +142,7 @@ def _extract_one(served: Sequence[Recipe], root: AnyPath, how: _How, also: Seque
         wanted=wanted,
         key=key,
         request=request,
-        device=how.device,
-        on_error=how.on_error,
-        batch_views=how.batch_views,
-        tokens=how.tokens,
-        workers=how.workers,
-        dask=how.dask,
-        part=how.part,
-        progress=progress,
+        how=how,
     )
     with ExitStack() as held:
         held.enter_context(writing(root) if how.part is None else sharing(root))
@@ -199,7 +178,7 @@ def _nothing_to_do(
 
 def _carry_out(order: Order, ready: Ready, begun: float) -> Extraction:
     """Do what is to be done, and note down who did it."""
-    results, cache, progress = Results(), ready.cache, order.progress
+    results, cache, progress = Results(), ready.cache, order.how.progress
     todo = open_tasks(cache, ready.mine)
     total, missing = (sum(task.samples for task in tasks) for tasks in (ready.mine, todo))
     progress.start("encoding", total, "samples", done=total - missing)
@@ -220,23 +199,23 @@ def _carry_out(order: Order, ready: Ready, begun: float) -> Extraction:
     skipped = f", {len(results.skipped)} skipped now" if results.skipped else ""
     progress.say(f"{order.root}: {describe_rows(cache)}{skipped}")
     left = sum(task.samples for task in open_tasks(cache, ready.all))
-    if order.part:
-        progress.say(f"part {order.part} is done; {left or 'no'} samples are left to other parts.")
+    if order.how.part:
+        progress.say(f"part {order.how.part} is done; {left or 'no'} samples are left to other parts.")
     return Extraction(cache, results.encoded, results.skipped, left)
 
 
 def _run(order: Order, ready: Ready, todo: list[ShardTask], results: Results) -> None:
-    progress = order.progress
+    progress = order.how.progress
     if ready.kit is not None:
-        if ranges_at_once(order.device) > 1:
-            _overlapped(ready.kit, todo, results, progress, ranges_at_once(order.device))
+        if ranges_at_once(order.how.device) > 1:
+            _overlapped(ready.kit, todo, results, progress, ranges_at_once(order.how.device))
             return
         for task in todo:
             results.take(task, run_task(ready.kit, task, progress.advance, progress.say))
     elif todo:
         from pcd.stages.extract_workers import run_on_workers  # distributed is imported by who uses it
 
-        run_on_workers(ready.job, todo, results, progress, workers=order.workers, address=order.dask)
+        run_on_workers(ready.job, todo, results, progress, workers=order.how.workers, address=order.how.dask)
 
 
 def ranges_at_once(device: str) -> int:
@@ -270,16 +249,17 @@ def _overlapped(kit: Kit, todo: list[ShardTask], results: Results, progress: Pro
 def _record(order: Order, ready: Ready, results: Results, begun: float) -> None:
     """By what, on what and from where."""
     facts: dict[str, Any] = {
-        "device": results.device or device_name(order.device),
+        "device": results.device or device_name(order.how.device),
         "dataset": located(order.recipe.dataset),
         "encoder_table": located_encoder(order.recipe),
         "encoded": results.encoded,
         "skipped": results.skipped,
         "seconds": round(time.monotonic() - begun, 1),
-        "batch_views": results.batch_views or order.batch_views or views_per_batch(order.device),
+        "batch_views": results.batch_views or order.how.batch_views or views_per_batch(order.how.device),
         **ready.facts,
     }
-    ways = {"part": order.part and str(order.part), "workers": order.workers if order.workers > 1 else None, "dask": order.dask}
+    how = order.how
+    ways = {"part": how.part and str(how.part), "workers": how.workers if how.workers > 1 else None, "dask": how.dask}
     facts |= {name: value for name, value in ways.items() if value is not None}
     if results.failures:
         facts["failed"] = [str(failure.task) for failure in results.failures]

@@ -44,6 +44,20 @@ PAUSE = 0.1
 
 
 @dataclass(frozen=True)
+class How:
+    """What is the same for all encoders of an extraction."""
+
+    device: str
+    on_error: OnError
+    batch_views: int | None
+    tokens: TokenForm | None
+    workers: int
+    dask: str | None
+    part: Part | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
 class Order:
     """What is asked for, and what follows from it without opening an image."""
 
@@ -58,14 +72,7 @@ class Order:
     wanted: Manifest
     key: str
     request: dict[str, Any]
-    device: str
-    on_error: OnError
-    batch_views: int | None
-    tokens: TokenForm | None
-    workers: int
-    dask: str | None
-    part: Part | None
-    progress: Progress
+    how: How
 
     @property
     def recipe(self) -> Recipe:
@@ -89,18 +96,18 @@ class Ready:
 
 def prepare(order: Order, held: ExitStack) -> Ready:
     """Plan, and write the plan down; what `held` locks stays locked."""
-    if order.on_error == "stop":
+    if order.how.on_error == "stop":
         refuse_missing_files(order.dataset, order.tables)
     recipe, needs = order.recipe, needs_of_all(order.recipes)
     size = order.wanted.plan.view_size
-    encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), size, order.device, "encoder")
+    encoder = create_encoder(recipe.encoder["name"], recipe.options("encoder"), size, order.how.device, "encoder")
     native = native_size(order.dataset, order.tables)
     with undisturbed(order):
-        if order.part is not None:
-            held.enter_context(holding(order.root, f"{PART}{order.part.name}", _Taken(order.root, order.part)))
+        if order.how.part is not None:
+            held.enter_context(holding(order.root, f"{PART}{order.how.part.name}", _Taken(order.root, order.how.part)))
         there = Manifest.read(order.root) if (order.root / MANIFEST).exists() else order.wanted
         encoder = _with_asked_columns(encoder, order, there)
-        entries = plan_columns(there, encoder, needs.resizes, native, order.tokens, order.columns)
+        entries = plan_columns(there, encoder, needs.resizes, native, order.how.tokens, order.columns)
         cache = _write_plan(order, encoder, entries, needs)
     job = Job(
         cache=str(order.root.absolute()),
@@ -109,15 +116,15 @@ def prepare(order: Order, held: ExitStack) -> Ready:
         columns=tuple(entries),
         outputs=tuple(spec.name for spec in encoder.columns),
         resizes=needs.resizes,
-        on_error=order.on_error,
-        device=order.device,
-        batch_views=order.batch_views,
+        on_error=order.how.on_error,
+        device=order.how.device,
+        batch_views=order.how.batch_views,
     )
-    alone = order.workers == 1 and order.dask is None
+    alone = order.how.workers == 1 and order.how.dask is None
     kit = Kit(job, cache, order.dataset, order.tables, encoder) if alone else None
     tasks = shard_tasks(cache, entries)
     facts = {"encoder": encoder.fingerprint(), "texts": needs.phrases if encoder.has_text else []}
-    return Ready(cache, job, kit, tasks, order.part.of(tasks) if order.part else tasks, facts)
+    return Ready(cache, job, kit, tasks, order.how.part.of(tasks) if order.how.part else tasks, facts)
 
 
 class _Taken:
@@ -138,11 +145,11 @@ def undisturbed(order: Order) -> Iterator[None]:
     def wait(holder: str) -> None:
         nonlocal told
         if not told:
-            order.progress.say(f"{order.root} is being planned by {holder}; waiting for it")
+            order.how.progress.say(f"{order.root} is being planned by {holder}; waiting for it")
         told = True
         time.sleep(PAUSE)
 
-    if order.part is None:  # the whole cache is held
+    if order.how.part is None:  # the whole cache is held
         yield
         return
     with holding(order.root, PLANNING, wait):
@@ -156,7 +163,7 @@ def _with_asked_columns(encoder: Encoder, order: Order, there: Manifest) -> Enco
     missing = [name for name in order.columns if name not in known]
     if missing and order.last:  # else one that comes later may make them
         made = order.recipe.encoder["name"]
-        order.progress.say(f"The head reads {', '.join(missing)}, which {made} does not make; it cannot train so.")
+        order.how.progress.say(f"The head reads {', '.join(missing)}, which {made} does not make; it cannot train so.")
     return encoder
 
 
@@ -165,19 +172,22 @@ def _write_plan(order: Order, encoder: Encoder, entries: dict[str, ColumnEntry],
     cache = _open_or_create(order.root, order.wanted, order.tables)
     refuse_other_columns(cache, entries)
     manifest, new = cache.manifest, [name for name in entries if name not in cache.manifest.columns]
-    others = parts(order.root) if new and order.part else {}
-    if busy := [f"part {name} by {holder}" for name, holder in others.items() if order.part and name != order.part.name]:
+    part = order.how.part
+    others = parts(order.root) if new and part else {}
+    if busy := [
+        f"part {name} by {holder}" for name, holder in others.items() if order.how.part and name != order.how.part.name
+    ]:
         raise CacheError(
             f"{order.root}: column {new[0]} cannot be added while parts without it are being written ({'; '.join(busy)}); "
             "wait for them to end."
         )
-    refuse_small_disk(cache, entries, order.progress)
+    refuse_small_disk(cache, entries, order.how.progress)
     known: dict[str, Any] = {"table": order.recipe.encoder, "request": order.request}
     whole = {**known, "asked": asked_by(order.recipes)}
     if new or manifest.encoders.get(order.key) != whole:
         manifest.encoders[order.key] = known
         cache.add_columns(entries)
-    embed_texts(cache, encoder, needs.phrases, order.progress)
+    embed_texts(cache, encoder, needs.phrases, order.how.progress, last=order.last)
     if manifest.encoders[order.key] != whole:
         manifest.encoders[order.key] = whole
         manifest.write(order.root)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from pcd.cache import Cache, ColumnEntry, provenance
 from pcd.datasets import Dataset, Sample, Split
 from pcd.encoders import create_encoder, key_of, with_columns
-from pcd.errors import CacheError, MissingFileError, SampleError
+from pcd.encoders.base import NO_WEIGHTS
+from pcd.errors import CacheError, MissingFileError, SampleError, UsageError
 from pcd.stages.checks import native_size
 from pcd.stages.frames import open_dataset
 from pcd.stages.plan import TablePlan, asked_before, plan_columns, plan_tables
@@ -75,13 +76,28 @@ class Origin:
         table: dict[str, Any] = dict(manifest.encoders[key]["table"])
         placed = [entry["encoder_table"] for entry in provenance.records(self.cache.root) if "encoder_table" in entry]
         table |= next((known for known in reversed(placed) if known["name"] == table["name"] and key_of(known) == key), {})
-        if place.weights is not None:
+        if place.weights is not None and key in (weighty := self._with_weights()):
+            if len(weighty) > 1:
+                raise UsageError(
+                    f"--weights: {self.cache.root} was filled by several encoders with weights ({', '.join(weighty)}); their "
+                    "files are looked for where the extraction found them."
+                )
             table["weights"] = place.weights
         for name, column in manifest.columns.items():
             if manifest.encoder_of(name) == key and "precision" in column.fingerprint["encoder"]:
                 table["precision"] = column.fingerprint["encoder"]["precision"]
         encoder = create_encoder(table.pop("name"), table, manifest.plan.view_size, place.device, "encoder")
         return with_columns(encoder, asked_before(manifest, encoder))
+
+    def _with_weights(self) -> list[str]:
+        """Keys of the encoders that have weights at all."""
+        manifest = self.cache.manifest
+        kinds = {
+            manifest.encoder_of(name): column.fingerprint["encoder"]["weights"]["kind"]
+            for name, column in manifest.columns.items()
+            if "encoder" in column.fingerprint
+        }
+        return [key for key in manifest.encoders if kinds.get(key, NO_WEIGHTS) != NO_WEIGHTS]
 
 
 class AsBefore:

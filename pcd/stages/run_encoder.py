@@ -9,14 +9,11 @@ import torch
 
 from pcd.cache.manifest import encoder_of
 from pcd.encoders import create_encoder, with_columns
-from pcd.encoders.base import Encoder, Exportable
+from pcd.encoders.base import NO_WEIGHTS, Encoder, Exportable
 from pcd.errors import FingerprintError, RunError, UsageError
 from pcd.fingerprint import differences
 from pcd.heads import head_options
 from pcd.stages.runs import Run
-
-NO_WEIGHTS = "none"
-"""Kind of the weights of an encoder that has none, such as `pixels`."""
 
 
 class ExportableEncoder(Encoder, Exportable, Protocol):

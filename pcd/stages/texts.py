@@ -31,10 +31,15 @@ def text_digest(cache: Cache, columns: Sequence[str]) -> str | None:
     return None if column is None else digest(cache.manifest.columns[column].fingerprint["encoder"])
 
 
-def embed_texts(cache: Cache, encoder: Encoder, phrases: Sequence[Sequence[str]], progress: Progress) -> None:
-    """Store the embeddings of those lists of phrases that are not there yet; without a text tower say so."""
+def embed_texts(
+    cache: Cache, encoder: Encoder, phrases: Sequence[Sequence[str]], progress: Progress, *, last: bool = True
+) -> None:
+    """Store the embeddings of those lists of phrases that are not there yet.
+
+    If the last encoder has come and none of the cache has a text tower, say so.
+    """
     if not encoder.has_text:
-        if phrases:
+        if phrases and last and worded_column(cache, list(cache.manifest.columns)) is None:
             progress.say("The weights have no text tower: no text embeddings; train with head.table_init = tokens or random.")
         return
     name = digest(encoder.fingerprint())
